@@ -1,0 +1,216 @@
+"""The official DiT-XL/2 checkpoints: found in the cache folder, or downloaded there, resumably and checked.
+
+Their publisher gives no checksums. So a checksum is trusted on first use: a download is complete when it has the
+length that the server announced and opens as a checkpoint; its SHA-256 is then printed and stored beside it in
+`<name>.sha256`, and every later use compares. That catches a file that changes, not one that was wrong from the start.
+"""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import http.client
+import os
+import pathlib
+import re
+import shutil
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from typing import BinaryIO
+
+from absl import logging
+from tqdm import tqdm
+
+from convert.readers import open_checkpoint, require_torch
+from vq4dit_jax import files
+from vq4dit_jax.errors import InputError
+
+BASE_URL = "https://dl.fbaipublicfiles.com/DiT/models"
+# SHA-256 of each file, None where it is not known and the first use decides.
+OFFICIAL_CHECKPOINTS: dict[str, str | None] = {"DiT-XL-2-256x256.pt": None, "DiT-XL-2-512x512.pt": None}
+_CHUNK = 1 << 20  # bytes
+_TIMEOUT = 60  # seconds without a byte
+_ATTEMPTS = 5  # in a row without a new byte
+_BROKEN = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError)
+
+
+def official_checkpoint(
+    name: str,
+    folder: str | os.PathLike | None = None,
+    *,
+    base_url: str = BASE_URL,
+    pause: float = 1.0,
+) -> pathlib.Path:
+    """Path of an official checkpoint, downloaded if it is not in `folder` yet.
+
+    Args:
+      name: a key of `OFFICIAL_CHECKPOINTS`.
+      folder: where to look and to download to; by default `vq4dit_jax.files.cache_folder()`.
+      base_url: of a mirror with files of the same names.
+      pause: seconds before the second attempt after a broken connection; doubled for each further one.
+
+    Raises:
+      InputError: no network, a broken or changed file, no room on the disk; says what to do.
+      MissingExtraError: torch is not installed; said before anything is downloaded.
+    """
+    if name not in OFFICIAL_CHECKPOINTS:
+        raise InputError(f"no official checkpoint {name!r}; there are {', '.join(OFFICIAL_CHECKPOINTS)}")
+    require_torch()
+    folder = files.cache_folder() if folder is None else pathlib.Path(folder).expanduser()
+    target = folder / name
+    if target.is_file():
+        _check_sum(target, target)
+        return target
+    url = f"{base_url}/{name}"
+    partial = folder / f"{name}.partial"
+    by_hand = f"download {url} by other means and put it into {folder} as {name}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _exclusive(partial) as file:
+            if target.is_file():  # another process has just finished it
+                _check_sum(target, target)
+                return target
+            _download(url, file, partial, pause)
+            try:
+                _check_sum(partial, target)
+            except InputError:
+                partial.unlink()  # complete and wrong: there is nothing to resume
+                raise
+            os.replace(partial, target)
+    except _BROKEN as error:
+        reason = error if isinstance(error, urllib.error.HTTPError) else getattr(error, "reason", error)
+        kept = f" (the {_size(partial):,} bytes that came are kept)" if _size(partial) else ""
+        raise InputError(f"cannot download {url}: {reason}{kept}; {by_hand}, or run again with a network") from None
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise InputError(f"no room left in {folder} for {name}; free some, or set VQ4DIT_CACHE to another") from None
+        raise InputError(f"cannot write {partial}: {error}; {by_hand}") from None
+    finally:
+        if not _size(partial):
+            partial.unlink(missing_ok=True)
+            _etag_file(partial).unlink(missing_ok=True)
+    return target
+
+
+def _download(url: str, file: BinaryIO, partial: pathlib.Path, pause: float) -> None:
+    """Fills `file`, beginning where it ends; broken connections are resumed while bytes keep coming."""
+    failures = 0
+    while True:
+        before = _size(partial)
+        try:
+            if _append(url, file, partial):
+                return
+            error: Exception = ConnectionError("the connection closed before the end of the file")
+        except urllib.error.HTTPError:
+            raise
+        except _BROKEN as broken:
+            error = broken
+        failures = 1 if _size(partial) > before else failures + 1
+        if failures == _ATTEMPTS or (failures > 1 and before == 0):  # nothing ever came: there is no network
+            raise error
+        logging.warning("%s: %s; resuming at byte %d", url, error, _size(partial))
+        time.sleep(pause * 2 ** (failures - 1))
+
+
+def _append(url: str, file: BinaryIO, partial: pathlib.Path) -> bool:
+    """One connection. Whether the file now is as long as the server says it is."""
+    start = _size(partial)
+    etag = _etag_file(partial)
+    request = urllib.request.Request(url, headers={"User-Agent": "vq4dit-jax"})
+    if start:
+        request.add_header("Range", f"bytes={start}-")
+        if etag.is_file():  # the server sends the whole file again if it is another one by now
+            request.add_header("If-Range", etag.read_text())
+    try:
+        response = urllib.request.urlopen(request, timeout=_TIMEOUT)
+    except urllib.error.HTTPError as error:
+        if error.code != http.client.REQUESTED_RANGE_NOT_SATISFIABLE:
+            raise
+        if error.headers.get("Content-Range") == f"bytes */{start}":
+            return True
+        _restart(file, etag)  # longer than what the server has: of another file
+        return False
+    with response:
+        if response.status == http.client.PARTIAL_CONTENT:
+            match = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", response.headers.get("Content-Range", ""))
+            if match is None or int(match[1]) != start:
+                raise http.client.HTTPException("the server sent another range than asked for")
+            total = int(match[2])
+        else:
+            _restart(file, etag)
+            start, total = 0, int(response.headers.get("Content-Length") or 0)
+            if response.headers.get("ETag", "").startswith('"'):  # weak ones are no use for ranges
+                etag.write_text(response.headers["ETag"])
+        free = shutil.disk_usage(partial.parent).free
+        if total - start > free:
+            raise InputError(
+                f"{url} needs {total - start:,} bytes, but {partial.parent} has room for {free:,}; free some, or set "
+                "VQ4DIT_CACHE to another folder"
+            )
+        with tqdm(desc=partial.stem, initial=start, total=total or None, unit="B", unit_scale=True) as bar:
+            while chunk := _read(response):
+                file.write(chunk)
+                file.flush()
+                bar.update(len(chunk))
+    return not total or _size(partial) == total
+
+
+def _read(response: http.client.HTTPResponse) -> bytes:
+    try:
+        return response.read(_CHUNK)
+    except OSError as error:  # of the network, not to be taken for one of the disk
+        raise ConnectionError(str(error)) from None
+
+
+def _restart(file: BinaryIO, etag: pathlib.Path) -> None:
+    file.truncate(0)
+    etag.unlink(missing_ok=True)
+
+
+def _check_sum(path: pathlib.Path, target: pathlib.Path) -> None:
+    """Compares the checksum of `path` with the known one or that of the first use; a first use is recorded.
+
+    `path` is `target`, or what is about to be renamed to it.
+    """
+    found = sha256(path)
+    known = OFFICIAL_CHECKPOINTS[target.name]
+    if known is not None and found != known:
+        raise InputError(f"{path}: its SHA-256 is {found}, the official one {known}; delete it to download it again")
+    record = target.with_name(f"{target.name}.sha256")
+    recorded = record.read_text().split()[:1] if record.is_file() else []
+    if recorded and recorded != [found]:
+        raise InputError(
+            f"{path}: its SHA-256 is {found}, but {recorded[0]} was recorded at its first use; delete it to download "
+            f"it again, or delete {record} if you trust it as it is"
+        )
+    if not recorded:
+        open_checkpoint(path)
+        files.write_text(record, f"{found}  {target.name}\n")
+        trusted = "" if known else " (trusted on first use: the publisher gives none)"
+        print(f"{target.name}: SHA-256 {found}{trusted}")
+
+
+def sha256(path: pathlib.Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _etag_file(partial: pathlib.Path) -> pathlib.Path:
+    return partial.with_name(f"{partial.name}.etag")
+
+
+def _size(path: pathlib.Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
+
+
+@contextlib.contextmanager
+def _exclusive(path: pathlib.Path) -> Iterator[BinaryIO]:
+    """Opens a file for appending, locked against other processes."""
+    with open(path, "ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{path}: another process is downloading it; wait for it") from None
+        yield file

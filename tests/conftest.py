@@ -1,0 +1,77 @@
+"""What every test runs under: two CPU devices, strict dtype and rank promotion, no network."""
+
+import errno
+import os
+import pathlib
+import socket
+import sys
+
+import pytest
+
+# JAX reads these when it is first imported; the processes that tests start inherit them.
+assert "jax" not in sys.modules, "something imported jax before tests/conftest.py could set its configuration"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2".strip()
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
+os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+# diffusers asks the hub for nothing, not even whether a file is there.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import hypothesis  # noqa: E402
+
+# XLA compiles inside the first example, so a deadline would measure the compiler. CI draws the same examples every time.
+hypothesis.settings.register_profile("vq4dit", deadline=None, derandomize="CI" in os.environ)
+hypothesis.settings.load_profile("vq4dit")
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def shared() -> pathlib.Path:
+    """The folder of data sets and trained models that stands beside the repository on the project's machines."""
+    folder = ROOT.parent / "shared"
+    if not folder.is_dir():
+        pytest.skip("needs ../shared (data sets and models that are not in the repository)")
+    return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def empty_cache(tmp_path_factory):
+    """No test finds what an earlier run has downloaded, or leaves anything in the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VQ4DIT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+def _is_local(host: object) -> bool:
+    if isinstance(host, bytes):
+        host = host.decode()
+    return host in (None, "", "localhost", "::1", "0.0.0.0", "::") or str(host).startswith("127.")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_network():
+    """Connections leave this machine as they would with the cable pulled: name look-ups and connects fail at once."""
+    connect, connect_ex, getaddrinfo = socket.socket.connect, socket.socket.connect_ex, socket.getaddrinfo
+
+    def reaches_out(sock: socket.socket, address: object) -> bool:
+        return sock.family in (socket.AF_INET, socket.AF_INET6) and not _is_local(address[0])
+
+    def local_connect(sock, address):
+        if reaches_out(sock, address):
+            raise OSError(errno.ENETUNREACH, f"tests have no network: connect to {address}")
+        return connect(sock, address)
+
+    def local_connect_ex(sock, address):
+        return errno.ENETUNREACH if reaches_out(sock, address) else connect_ex(sock, address)
+
+    def local_getaddrinfo(host, *args, **kwargs):
+        if not _is_local(host):
+            raise socket.gaierror(socket.EAI_NONAME, f"tests have no network: look-up of {host!r}")
+        return getaddrinfo(host, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "connect", local_connect)
+        patch.setattr(socket.socket, "connect_ex", local_connect_ex)
+        patch.setattr(socket, "getaddrinfo", local_getaddrinfo)
+        yield

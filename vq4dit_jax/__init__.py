@@ -1,0 +1,46 @@
+"""VQ4DiT in JAX: Diffusion Transformers in 2 bits a weight, packed, calibrated without data.
+
+    import vq4dit_jax as vq
+    model, params = vq.load_pretrained("DiT-XL-2-256x256.pt")
+    packed = vq.quantize(params, bits=2, key=jax.random.key(0))
+    images = vq.sample(model, packed, labels, key=jax.random.key(1), num_steps=50)
+
+Names are imported at first use, so that `import vq4dit_jax` is quick and brings neither TensorFlow nor PyTorch.
+"""
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "DIT_VARIANTS": "vq4dit_jax.models",
+    "DiT": "vq4dit_jax.models",
+    "KEEP": "vq4dit_jax.quantization",
+    "VQArray": "vq4dit_jax.vq",
+    "VQSpec": "vq4dit_jax.quantization",
+    "dequantize": "vq4dit_jax.quantization",
+    "load_pretrained": "convert.load",
+    "load_quantized": "vq4dit_jax.checkpoint",
+    "load_safetensors": "vq4dit_jax.checkpoint",
+    "quantize": "vq4dit_jax.quantization",
+    "sample": "vq4dit_jax.sampling",
+    "save_quantized": "vq4dit_jax.checkpoint",
+    "save_safetensors": "vq4dit_jax.checkpoint",
+    "sizes": "vq4dit_jax.quantization",
+}
+_MODULES = ("calibration", "diffusion", "evaluation", "models", "reporting")
+
+__all__ = [*_HOME, *_MODULES]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    if name in _MODULES:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

@@ -1,0 +1,202 @@
+"""Zero-data, block-wise calibration as three pure functions: init, update, finalize (VQ4DiT, section 3.2 to 3.4).
+
+    r = softmax(z)                          ratios of the n candidates of each sub-vector       (eq 6)
+    W_hat = sum_n r_n C[a_n]                                                                    (eq 7)
+    L = lambda_d L_d + lambda_r L_r (+ lambda_o L_o)                                            (eq 8 to 10)
+    z, C, biases <- RMSprop on L at the teacher's (x_t, t, y)
+    sub-vectors with max r > threshold are frozen to that candidate
+
+The teacher and the student are the same function; only the leaves of their trees differ.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Int
+
+from vq4dit_jax.calibration import losses
+from vq4dit_jax.calibration.recipe import Recipe
+from vq4dit_jax.calibration.trajectory import Batch
+from vq4dit_jax.models import DiT
+from vq4dit_jax.vq import SoftVQArray
+
+_FROZEN_ENOUGH = 0.99
+"""Share of a layer's sub-vectors that must be frozen before its codebooks train, in the released form."""
+
+
+class Trainable(NamedTuple):
+    """What the optimizer moves; the field names are its labels. Keys are '/'-joined paths."""
+
+    logits: dict[str, Float[Array, "*stack n O S"]]
+    codebooks: dict[str, Float[Array, "*stack G K d"]]
+    biases: dict[str, Float[Array, "*stack O"]]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class State:
+    """All that changes from step to step; what resumes a run, with the trajectory beside it."""
+
+    trainable: Trainable
+    frozen: dict[str, Bool[Array, "*stack O S"]]
+    optimizer: Any
+    regularizer_floor: Float[Array, ""]
+    step: Int[Array, ""]
+
+
+def _is_soft(node: Any) -> bool:
+    return isinstance(node, SoftVQArray)
+
+
+def _flatten(params: Any) -> dict[str, Any]:
+    """Paths to leaves; the parts of a tuple are numbered."""
+    flat = {}
+    for path, leaf in flax.traverse_util.flatten_dict(params, sep="/").items():
+        if isinstance(leaf, tuple):
+            flat.update({f"{path}#{i}": part for i, part in enumerate(leaf)})
+        else:
+            flat[path] = leaf
+    return flat
+
+
+def _unflatten(flat: dict[str, Any]) -> dict[str, Any]:
+    whole: dict[str, Any] = {}
+    for path, leaf in flat.items():
+        base, _, part = path.partition("#")
+        whole[base] = (*whole.get(base, ()), leaf) if part else leaf
+    return flax.traverse_util.unflatten_dict(whole, sep="/")
+
+
+def _optimizer(recipe: Recipe) -> optax.GradientTransformation:
+    def rmsprop(rate: float, schedule: str) -> optax.GradientTransformation:
+        rate = optax.cosine_decay_schedule(rate, recipe.steps) if schedule == "cosine" else rate
+        return optax.rmsprop(rate, decay=recipe.decay, momentum=recipe.momentum or None)
+
+    return optax.multi_transform(
+        {
+            "logits": rmsprop(recipe.learning_rate_ratios, "constant"),
+            "codebooks": rmsprop(recipe.learning_rate_codebooks, recipe.schedule),
+            "biases": rmsprop(recipe.learning_rate_biases, recipe.schedule),
+        },
+        Trainable("logits", "codebooks", "biases"),
+    )
+
+
+def init(recipe: Recipe, student: Any) -> State:
+    """State at step 0 from a tree with `SoftVQArray` leaves (`vq.soften`)."""
+    flat = _flatten(student)
+    soft = {path: leaf for path, leaf in flat.items() if _is_soft(leaf)}
+    if not soft:
+        raise ValueError("no leaf of the tree is a SoftVQArray: there is nothing to calibrate")
+    layers = {path.partition("#")[0].rpartition("/")[0] for path in soft}
+    biases = {f"{layer}/bias": jnp.asarray(flat[f"{layer}/bias"], jnp.float32) for layer in layers if f"{layer}/bias" in flat}
+    trainable = Trainable(
+        {path: leaf.logits for path, leaf in soft.items()},
+        {path: leaf.codebook for path, leaf in soft.items()},
+        biases,
+    )
+    return State(
+        trainable,
+        {path: leaf.frozen for path, leaf in soft.items()},
+        _optimizer(recipe).init(trainable),
+        jnp.float32(jnp.inf),
+        jnp.int32(0),
+    )
+
+
+def merge(student: Any, state: State) -> dict[str, Any]:
+    """The student's tree with the state's codebooks, logits, masks and biases in place."""
+    return _merge(student, state.trainable, state.frozen)
+
+
+def _merge(student: Any, trainable: Trainable, frozen: dict[str, Array]) -> dict[str, Any]:
+    flat = dict(_flatten(student))
+    flat.update(trainable.biases)
+    for path, logits in trainable.logits.items():
+        flat[path] = dataclasses.replace(
+            flat[path], codebook=trainable.codebooks[path], logits=logits, frozen=frozen[path]
+        )
+    return _unflatten(flat)
+
+
+def _threshold(recipe: Recipe, step: Int[Array, ""]) -> Float[Array, ""]:
+    """Freezing threshold at `step`: constant, then falling linearly to 1/n between `freeze_from` and `freeze_by`."""
+    if recipe.freeze_from >= 1:
+        return jnp.float32(recipe.freeze_threshold)
+    start, stop = recipe.freeze_from * recipe.steps, max(recipe.freeze_by * recipe.steps, 1)
+    done = jnp.clip((step.astype(jnp.float32) + 1 - start) / max(stop - start, 1), 0, 1)
+    return recipe.freeze_threshold + done * (1 / recipe.num_candidates - recipe.freeze_threshold)
+
+
+def update(recipe: Recipe, model: DiT, state: State, student: Any, batch: Batch, new_trajectory: Bool[Array, ""]) -> tuple[State, dict]:
+    """One optimizer step. `student` gives what does not change (candidates, kept parameters); `new_trajectory` is true
+    at the first step of one, where the released regularizer forgets its minimum.
+
+    Metrics are scalars but for `ratio_histogram`: 20 counts of the first candidate's ratio over [0, 1].
+    """
+    floor = jnp.where(new_trajectory, jnp.inf, state.regularizer_floor)
+
+    def loss_fn(trainable: Trainable) -> tuple[Array, tuple]:
+        params = _merge(student, trainable, state.frozen)
+        output, blocks = model.apply({"params": params}, batch.x, batch.t, batch.y, return_blocks=True)
+        l_d = losses.block_distance(blocks, batch.blocks)
+        l_o = jnp.square(output - batch.output).mean()
+        leaves = [leaf for leaf in _flatten(params).values() if _is_soft(leaf)]
+        if recipe.regularizer == "paper":
+            l_r, weight = losses.paper_regularizer(leaves), 1.0
+        else:
+            l_r = losses.released_regularizer(leaves)
+            weight = jnp.where(l_r > floor, 1.0, 0.0)
+        loss = recipe.lambda_d * l_d + recipe.lambda_o * l_o + recipe.lambda_r * weight * l_r
+        return loss, (l_d, l_o, l_r)
+
+    (loss, (l_d, l_o, l_r)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.trainable)
+    if recipe.codebook_training == "after_freezing":
+        grads = grads._replace(
+            codebooks={
+                path: jnp.where(_settled(state.frozen[path], g.ndim), g, 0) for path, g in grads.codebooks.items()
+            }
+        )
+    updates, optimizer = _optimizer(recipe).update(grads, state.optimizer, state.trainable)
+    trainable = optax.apply_updates(state.trainable, updates)
+
+    threshold = _threshold(recipe, state.step)
+    frozen, histogram = {}, jnp.zeros(20, jnp.int32)
+    for path, mask in state.frozen.items():
+        axis = mask.ndim - 2
+        ratios = jax.nn.softmax(trainable.logits[path], axis)
+        frozen[path] = mask | (ratios.max(axis) >= threshold)
+        first = ratios.take(0, axis).reshape(-1)
+        histogram += jnp.histogram(first, bins=20, range=(0.0, 1.0))[0].astype(jnp.int32)
+    count = sum(mask.size for mask in frozen.values())
+    metrics = {
+        "loss": loss,
+        "l_d": l_d,
+        "l_o": l_o,
+        "l_r": l_r,
+        "frozen_fraction": sum(mask.sum(dtype=jnp.float32) for mask in frozen.values()) / count,
+        "ratio_histogram": histogram,
+    }
+    return State(trainable, frozen, optimizer, jnp.minimum(floor, l_r), state.step + 1), metrics
+
+
+def _settled(frozen: Bool[Array, "*stack O S"], ndim: int) -> Bool[Array, "..."]:
+    """Per layer, broadcastable to its codebook: whether enough sub-vectors are frozen."""
+    settled = frozen.mean((-2, -1), dtype=jnp.float32) > _FROZEN_ENOUGH
+    return settled.reshape(settled.shape + (1,) * (ndim - settled.ndim))
+
+
+def finalize(student: Any, state: State, codebook_dtype: Any = jnp.float32) -> dict[str, Any]:
+    """The hard model: argmax of the ratios, packed, codebooks in `codebook_dtype` (step 9 of the method)."""
+
+    def harden(leaf: Any) -> Any:
+        if not _is_soft(leaf):
+            return leaf
+        hard = leaf.harden()
+        return dataclasses.replace(hard, codebook=hard.codebook.astype(codebook_dtype))
+
+    return jax.tree.map(harden, merge(student, state), is_leaf=_is_soft)

@@ -1,0 +1,47 @@
+"""The loss of calibration (VQ4DiT, eq 8 to 10) and the measures that it is judged by."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from vq4dit_jax.calibration.trajectory import Batch
+from vq4dit_jax.models import DiT, guide
+from vq4dit_jax.vq import SoftVQArray
+
+
+def block_distance(student: Float[Array, "L B T D"], teacher: Float[Array, "L B T D"]) -> Float[Array, ""]:
+    """L_d (eq 8): mean over blocks of the mean squared difference of the block outputs."""
+    return jnp.square(student - teacher).mean()
+
+
+def paper_regularizer(leaves: list[SoftVQArray]) -> Float[Array, ""]:
+    """L_r (eq 9): sum_n (1 - |2r - 1|) averaged over all sub-vectors; n at r = 1/2, 0 where all ratios are 0 or 1."""
+    total = sum((1 - jnp.abs(2 * leaf.ratios() - 1)).sum() for leaf in leaves)
+    return total / sum(leaf.frozen.size for leaf in leaves)
+
+
+def released_regularizer(leaves: list[SoftVQArray]) -> Float[Array, ""]:
+    """n * mean of r (1 - r) over the sub-vectors not yet frozen, averaged over layers (the released code)."""
+
+    def one(leaf: SoftVQArray) -> Float[Array, " stack"]:
+        ratios = leaf.ratios()
+        n = ratios.shape[-3]
+        spread = (ratios * (1 - ratios)).sum((-3, -2, -1))  # 0 where frozen
+        return spread * n / (n * jnp.maximum((~leaf.frozen).sum((-2, -1)), 1))
+
+    return jnp.concatenate([jnp.atleast_1d(one(leaf)) for leaf in leaves]).mean()
+
+
+def agreement(model: DiT, params: Any, batch: Batch, cfg_scale: float) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """(L_d, relative L2 error of the guided noise prediction, mean over images) of `params` on a teacher's batch."""
+    output, blocks = model.apply({"params": params}, batch.x, batch.t, batch.y, return_blocks=True)
+    count, channels = len(batch.y) // 2, model.in_channels
+
+    def eps(out: jax.Array) -> jax.Array:
+        return guide(out, cfg_scale, channels)[:count, ..., :channels].reshape(count, -1)
+
+    wanted = eps(batch.output)
+    error = jnp.linalg.norm(eps(output) - wanted, axis=1) / jnp.linalg.norm(wanted, axis=1)
+    return block_distance(blocks, batch.blocks), error.mean()

@@ -1,0 +1,194 @@
+"""The packed model on disk: orbax and safetensors, one manifest. Describes itself; loads with no config.
+
+Both files hold the same arrays under the same names: a quantized kernel is two arrays, `<path>/codebook` and
+`<path>/assignments`; all else is one array under its path. `docs/checkpoints.md` decodes them in five lines of numpy.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+from typing import Any
+
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import pallas_kernels
+from vq4dit_jax.errors import InputError
+from vq4dit_jax.files import atomic_path
+from vq4dit_jax.models import DiT
+from vq4dit_jax.vq import VQArray, validate
+
+FORMAT, VERSION = "vq4dit-jax", 1
+_PART = "part_"
+
+
+def _fields(model: DiT) -> dict[str, Any]:
+    """The module's own fields, JSON-ready."""
+    skip = {"parent", "name"}
+    values = {f.name: getattr(model, f.name) for f in dataclasses.fields(model) if f.name not in skip}
+    return {**values, "dtype": jnp.dtype(model.dtype).name}
+
+
+def flatten(params: Any) -> dict[str, np.ndarray]:
+    """'/'-joined names to numpy arrays, quantized leaves as their two arrays, parts of a mixed stack numbered."""
+    out: dict[str, np.ndarray] = {}
+    for path, leaf in flax.traverse_util.flatten_dict(params, sep="/").items():
+        for name, part in _named_parts(path, leaf):
+            if isinstance(part, VQArray):
+                out[f"{name}/codebook"] = np.asarray(part.codebook)
+                out[f"{name}/assignments"] = np.asarray(part.assignments)
+            else:
+                out[name] = np.asarray(part)
+    return out
+
+
+def _named_parts(path: str, leaf: Any) -> list[tuple[str, Any]]:
+    if isinstance(leaf, tuple):
+        return [(f"{path}/{_PART}{i}", part) for i, part in enumerate(leaf)]
+    return [(path, leaf)]
+
+
+def make_manifest(model: DiT, params: Any, extra: dict[str, Any] | None = None) -> dict[str, Any]:
+    """What a reader needs beside the arrays. `quantized` maps a path to the static facts of its `VQArray`."""
+    quantized, mixed = {}, {}
+    for path, leaf in flax.traverse_util.flatten_dict(params, sep="/").items():
+        if isinstance(leaf, tuple):
+            mixed[path] = len(leaf)
+        for name, part in _named_parts(path, leaf):
+            if isinstance(part, VQArray):
+                quantized[name] = {
+                    "shape": list(part.shape),
+                    "codewords": part.num_codewords,
+                    "subvector": part.subvector_length,
+                    "groups": part.num_groups,
+                    "code_bits": pallas_kernels.code_bits(part.num_codewords),
+                }
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "model": {"class": "DiT", "fields": _fields(model)},
+        "quantized": quantized,
+        "mixed": mixed,
+        "extra": extra or {},
+    }
+
+
+def _rebuild(arrays: dict[str, Any], manifest: dict[str, Any], source: str) -> tuple[DiT, dict[str, Any]]:
+    """Arrays and manifest back to (model, params), validated."""
+    if manifest.get("format") != FORMAT:
+        raise InputError(f"{source} is no vq4dit-jax model (its manifest says format={manifest.get('format')!r})")
+    if manifest["version"] > VERSION:
+        raise InputError(f"{source} has manifest version {manifest['version']}; this vq4dit-jax reads {VERSION}; update it")
+    arrays = dict(arrays)
+    for name, facts in manifest["quantized"].items():
+        try:
+            codebook, codes = arrays.pop(f"{name}/codebook"), arrays.pop(f"{name}/assignments")
+        except KeyError as missing:
+            raise InputError(f"{source}: array {missing} is in the manifest and not in the file; it is damaged") from None
+        leaf = VQArray(codebook, codes, tuple(facts["shape"]))
+        validate(leaf, f"{source}: {name}")
+        arrays[name] = leaf
+    for path, count in manifest["mixed"].items():
+        arrays[path] = tuple(arrays.pop(f"{path}/{_PART}{i}") for i in range(count))
+    fields = dict(manifest["model"]["fields"])
+    model = DiT(**{**fields, "dtype": jnp.dtype(fields["dtype"])})
+    params = flax.traverse_util.unflatten_dict(arrays, sep="/")
+    return model, jax.tree.map(jnp.asarray, params)
+
+
+def save_quantized(path: str | os.PathLike, model: DiT, params: Any, extra: dict[str, Any] | None = None) -> None:
+    """Writes the orbax folder `path`: packed arrays as nested dicts, the manifest in orbax's custom metadata.
+
+    `extra` is any JSON value to keep in the manifest (the recipe, say). Written beside and renamed.
+    """
+    tree = flax.traverse_util.unflatten_dict(flatten(params), sep="/")
+    save_tree(path, tree, make_manifest(model, params, extra))
+
+
+def load_quantized(path: str | os.PathLike) -> tuple[DiT, dict[str, Any], dict[str, Any]]:
+    """(model, params, manifest); `model.apply` takes the params as they are."""
+    tree, manifest = load_tree(path)
+    arrays = flax.traverse_util.flatten_dict(tree, sep="/")
+    return *_rebuild(arrays, manifest, str(path)), manifest
+
+
+def save_safetensors(file: str | os.PathLike, model: DiT, params: Any, extra: dict[str, Any] | None = None) -> None:
+    """Writes the same arrays and manifest as one safetensors file (manifest as JSON under `manifest` in its metadata)."""
+    from safetensors.numpy import save_file
+
+    manifest = make_manifest(model, params, extra)
+    arrays = {name: np.ascontiguousarray(a) for name, a in flatten(params).items()}
+    with atomic_path(file) as partial:
+        save_file(arrays, partial, metadata={"format": FORMAT, "manifest": json.dumps(manifest)})
+
+
+def load_safetensors(file: str | os.PathLike) -> tuple[DiT, dict[str, Any], dict[str, Any]]:
+    """(model, params, manifest) of a file that `save_safetensors` wrote."""
+    from safetensors import SafetensorError, safe_open
+
+    if not os.path.isfile(file):
+        raise InputError(f"{file}: no such file; wanted a model.safetensors written by vq4dit-jax")
+    try:
+        with safe_open(file, framework="numpy") as opened:
+            metadata = opened.metadata() or {}
+            arrays = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
+    except SafetensorError as error:
+        raise InputError(f"{file} is no readable safetensors file ({error}); it is truncated or damaged") from None
+    if "manifest" not in metadata:
+        raise InputError(f"{file} has no vq4dit-jax manifest; a full-precision checkpoint is loaded by load_pretrained")
+    manifest = json.loads(metadata["manifest"])
+    return *_rebuild(arrays, manifest, str(file)), manifest
+
+
+def save_tree(path: str | os.PathLike, tree: Any, metadata: dict[str, Any]) -> None:
+    """Writes a pytree of arrays as an orbax folder, beside and renamed."""
+    from orbax.checkpoint import v1 as ocp
+
+    with atomic_path(path) as partial:
+        try:
+            ocp.save(partial.absolute(), jax.tree.map(np.asarray, tree), custom_metadata=metadata)
+        finally:
+            # What orbax leaves beside the target when it is interrupted.
+            for rest in partial.parent.glob(f"{partial.name}.orbax-checkpoint-tmp*"):
+                shutil.rmtree(rest, ignore_errors=True)
+
+
+def load_tree(path: str | os.PathLike) -> tuple[Any, dict[str, Any]]:
+    """(tree, metadata) of an orbax folder: nested dicts of numpy arrays."""
+    from orbax.checkpoint import v1 as ocp
+
+    folder = pathlib.Path(path).absolute()
+    if not folder.is_dir():
+        raise InputError(f"{path}: no such folder; wanted an orbax checkpoint")
+    try:
+        return ocp.load(folder), ocp.metadata(folder).custom_metadata or {}
+    except Exception as error:  # orbax and tensorstore raise many kinds for a damaged folder
+        raise InputError(f"{path} is no readable orbax checkpoint ({type(error).__name__}: {error})") from error
+
+
+def _names(tree: Any) -> list[str]:
+    return [jax.tree_util.keystr(p, simple=True, separator="/") for p, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
+
+
+def save_state(path: str | os.PathLike, state: Any, metadata: dict[str, Any]) -> None:
+    """Writes any pytree of arrays (structs, optimizer states) by the names of its leaves."""
+    flat = dict(zip(_names(state), jax.tree.leaves(state), strict=True))
+    save_tree(path, flax.traverse_util.unflatten_dict(flat, sep="/"), metadata)
+
+
+def load_state(path: str | os.PathLike, like: Any) -> tuple[Any, dict[str, Any]]:
+    """(state of `like`'s structure, metadata); InputError where a leaf is missing or has another shape."""
+    tree, metadata = load_tree(path)
+    flat = flax.traverse_util.flatten_dict(tree, sep="/")
+    leaves = []
+    for name, wanted in zip(_names(like), jax.tree.leaves(like), strict=True):
+        found = flat.get(name)
+        if found is None or found.shape != wanted.shape or found.dtype != wanted.dtype:
+            what = "nothing" if found is None else f"{found.dtype}{found.shape}"
+            raise InputError(f"{path}: {name} is {what}; wanted {wanted.dtype}{wanted.shape}; remove the folder to start anew")
+        leaves.append(jnp.asarray(found))
+    return jax.tree.unflatten(jax.tree.structure(like), leaves), metadata

@@ -1,0 +1,117 @@
+"""The configuration of a run: every key with its default, and what the keys mean together."""
+
+import dataclasses
+from typing import Any
+
+import ml_collections
+
+from vq4dit_jax.calibration.recipe import Recipe
+from vq4dit_jax.errors import InputError
+from vq4dit_jax.quantization import BITS, KEEP, Rule, VQSpec, dit_rules
+from vq4dit_jax.sampling import SAMPLERS
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def default() -> ml_collections.ConfigDict:
+    """All keys. A config file calls this, changes what it is about, and returns it locked."""
+    c = ml_collections.ConfigDict()
+    c.seed = 0
+    """Root of all randomness: k-means, trajectories, samples."""
+
+    c.model = ml_collections.ConfigDict()
+    c.model.variant = ""  # "DiT-XL/2" and so on; "" where shapes tell all
+    c.model.checkpoint = ""  # a file or folder, "asset:NAME" (shipped), or "official:NAME" (cache folder, else download)
+    c.model.num_heads = 0  # 0: from the variant or the checkpoint
+    c.model.num_classes = 0  # 0: from the checkpoint
+    c.model.random_init = False  # random weights of the variant, for timing
+    c.model.depth = 0  # blocks of a random_init model; 0: the variant's
+    c.model.input_size = 32  # of a random_init model: latent or image side
+
+    c.quantize = ml_collections.ConfigDict()
+    c.quantize.bits = 2.0  # 1, 1.5, 2, 3 or 4
+    c.quantize.rules = ()  # ((path regex, (K, d, groups) or ()), ...), first match wins; () for the rules of `bits`
+    c.quantize.kmeans_iterations = 100
+    c.quantize.codebook_dtype = "float32"
+    c.quantize.other_dtype = "float32"  # biases, embedders, final layer
+
+    c.calibration = ml_collections.ConfigDict(dataclasses.asdict(Recipe()))
+    c.calibration.save_every = 50  # steps between checkpoints
+
+    c.sample = ml_collections.ConfigDict()
+    c.sample.num_images = 1000
+    c.sample.batch = 100
+    c.sample.sampler = "ddpm"
+    c.sample.steps = 50
+    c.sample.cfg_scale = 1.5
+    c.sample.grid_images = 24  # images in the pictures and in the report
+
+    c.evaluation = ml_collections.ConfigDict()
+    c.evaluation.classifier = ""  # "cifar10_resnet56"; "" for none: the figures are null
+    c.evaluation.reference = ""  # statistics of real images: a file, or "asset:NAME"
+    c.evaluation.class_names = ()
+    return c
+
+
+def recipe(config: ml_collections.ConfigDict) -> Recipe:
+    fields = {f.name for f in dataclasses.fields(Recipe)}
+    return Recipe(**{k: v for k, v in config.calibration.items() if k in fields})
+
+
+def rules(config: ml_collections.ConfigDict) -> tuple[Rule, ...]:
+    """The rules of `quantize.rules`, or those of `quantize.bits`."""
+    bits = config.quantize.bits
+    if not config.quantize.rules:
+        return dit_rules(int(bits) if bits == int(bits) else bits)
+    return tuple((pattern, VQSpec(*spec) if spec else KEEP) for pattern, spec in config.quantize.rules)
+
+
+def validate(config: ml_collections.ConfigDict) -> None:
+    """Everything that can be told before work begins; InputError names the key."""
+    recipe(config)
+    rules(config)
+    _one_of("quantize.bits", config.quantize.bits, tuple(map(float, BITS)))
+    _one_of("sample.sampler", config.sample.sampler, SAMPLERS)
+    _one_of("quantize.codebook_dtype", config.quantize.codebook_dtype, DTYPES)
+    _one_of("quantize.other_dtype", config.quantize.other_dtype, DTYPES)
+    for key in ("sample.num_images", "sample.batch", "sample.grid_images", "calibration.save_every"):
+        section, name = key.split(".")
+        if config[section][name] < 1:
+            raise InputError(f"--config.{key}={config[section][name]}: wanted at least 1")
+    for section, name in (("sample", "steps"), ("calibration", "trajectory_steps")):
+        if not 1 <= config[section][name] <= 1000:
+            raise InputError(f"--config.{section}.{name}={config[section][name]}: wanted 1 to 1000")
+    if bool(config.evaluation.classifier) != bool(config.evaluation.reference):
+        raise InputError("--config.evaluation.classifier and .reference: give both or neither")
+    if config.model.random_init and not config.model.variant:
+        raise InputError("--config.model.random_init=True needs --config.model.variant, such as DiT-XL/2")
+    if not config.model.random_init and not config.model.checkpoint:
+        raise InputError("--config.model.checkpoint is empty: give a .pt, .safetensors or diffusers folder")
+
+
+def _one_of(key: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    if value not in allowed:
+        raise InputError(f"--config.{key}={value}: wanted one of {', '.join(map(str, allowed))}")
+
+
+def as_json(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """Plain, JSON-ready dicts; tuples as lists."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: plain(v) for k, v in value.items()}
+        return [plain(v) for v in value] if isinstance(value, tuple | list) else value
+
+    return plain(config.to_dict())
+
+
+def differences(ours: dict[str, Any], theirs: dict[str, Any], prefix: str = "") -> list[str]:
+    """Keys whose values differ, as `section.key (here, there)`."""
+    out = []
+    for key in sorted(set(ours) | set(theirs)):
+        a, b = ours.get(key), theirs.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            out += differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            out.append(f"{prefix}{key} ({a} here, {b} there)")
+    return out

@@ -1,0 +1,252 @@
+"""Diffusion Transformer (Peebles & Xie 2023, arXiv 2212.09748), named parameter for parameter as its checkpoints.
+
+One module serves the full-precision teacher, the student in calibration and the packed model: only the leaves of
+the parameter tree differ (see `linear.py`). Blocks are stacked on a leading axis and scanned, so XL/2 compiles as
+fast as one block, and a quantized block is decoded only while it runs.
+
+Images are NHWC in model space: C = 4 latents or C = 3 pixels.
+"""
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Num
+
+from vq4dit_jax.models.linear import Linear, leaf
+from vq4dit_jax.models.stack import split_runs
+
+_SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
+DIT_VARIANTS: dict[str, dict[str, int]] = {
+    f"DiT-{size}/{patch}": dict(depth=depth, hidden_size=width, num_heads=heads, patch_size=patch)
+    for size, (depth, width, heads) in _SIZES.items()
+    for patch in (2, 4, 8)
+}
+_NUM_FREQUENCIES = 128
+_NORM_EPS = 1e-6
+
+
+def layer_norm(x: Float[Array, "B T D"], eps: float) -> Float[Array, "B T D"]:
+    """LayerNorm without weights; statistics in float32."""
+    wide = x.astype(jnp.float32)
+    centred = wide - wide.mean(-1, keepdims=True)
+    return (centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + eps)).astype(x.dtype)
+
+
+def modulate(x: Float[Array, "B T D"], shift: Float[Array, "B D"], scale: Float[Array, "B D"]) -> Float[Array, "B T D"]:
+    return x * (1 + scale[:, None, :]) + shift[:, None, :]
+
+
+def sincos_positions(grid: int, features: int) -> Float[np.ndarray, "T D"]:
+    """Fixed 2D sine-cosine position embedding, x in the first half of the features, y in the second."""
+    frequencies = 1 / 10000 ** (np.arange(features // 4, dtype=np.float64) / (features / 4))
+    y, x = np.meshgrid(np.arange(grid, dtype=np.float64), np.arange(grid, dtype=np.float64), indexing="ij")
+    angles = [np.outer(axis.reshape(-1), frequencies) for axis in (x, y)]
+    return np.concatenate([f(a) for a in angles for f in (np.sin, np.cos)], axis=1).astype(np.float32)
+
+
+class PatchEmbed(nn.Module):
+    """Non-overlapping p x p patches to tokens; `kernel` (p, p, C, D)."""
+
+    patch_size: int
+    features: int
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B T D"]:
+        conv = nn.Conv(
+            self.features, (self.patch_size,) * 2, strides=self.patch_size, padding="VALID", dtype=x.dtype, name="proj"
+        )
+        return conv(x).reshape(x.shape[0], -1, self.features)
+
+
+class TimestepMLP(nn.Module):
+    features: int
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B F"]) -> Float[Array, "B D"]:
+        x = Linear(self.features, nn.initializers.normal(0.02), name="0")(x)
+        return Linear(self.features, nn.initializers.normal(0.02), name="2")(nn.silu(x))
+
+
+class TimestepEmbedder(nn.Module):
+    """Sinusoids of t, cosines first, then an MLP. diffusers' layout divides the exponent by `half - 1` (freq_shift=1)."""
+
+    features: int
+    freq_shift: int = 0
+
+    @nn.compact
+    def __call__(self, t: Num[Array, " B"], dtype: Any) -> Float[Array, "B D"]:
+        exponent = np.arange(_NUM_FREQUENCIES, dtype=np.float64) / (_NUM_FREQUENCIES - self.freq_shift)
+        frequencies = np.exp(-math.log(10000) * exponent).astype(np.float32)
+        angles = t.astype(jnp.float32)[:, None] * frequencies[None]
+        x = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+        return TimestepMLP(self.features, name="mlp")(x.astype(dtype))
+
+
+class LabelEmbedder(nn.Module):
+    """A row per class, and one more, index num_classes, for the null label of guidance."""
+
+    num_classes: int
+    features: int
+
+    @nn.compact
+    def __call__(self, y: Int[Array, " B"], dtype: Any) -> Float[Array, "B D"]:
+        init = nn.initializers.normal(0.02)
+        table = nn.Embed(
+            self.num_classes + 1, self.features, embedding_init=init, dtype=dtype, name="embedding_table"
+        )
+        return table(y)
+
+
+class Modulation(nn.Module):
+    """adaLN: SiLU and a Linear from the conditioning to `chunks` vectors of D."""
+
+    features: int
+    chunks: int
+
+    @nn.compact
+    def __call__(self, c: Float[Array, "B D"]) -> list[Float[Array, "B D"]]:
+        out = Linear(self.chunks * self.features, nn.initializers.zeros, name="1")(nn.silu(c))
+        return jnp.split(out, self.chunks, axis=-1)
+
+
+class Attention(nn.Module):
+    num_heads: int
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        batch, tokens, width = x.shape
+        qkv = Linear(3 * width, name="qkv")(x).reshape(batch, tokens, 3, self.num_heads, width // self.num_heads)
+        out = jax.nn.dot_product_attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
+        return Linear(width, name="proj")(out.reshape(batch, tokens, width))
+
+
+class Mlp(nn.Module):
+    hidden: int
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        return Linear(x.shape[-1], name="fc2")(nn.gelu(Linear(self.hidden, name="fc1")(x), approximate=True))
+
+
+class DiTBlock(nn.Module):
+    """adaLN-Zero block: x + gate * f(modulate(norm(x))) for attention, then for the MLP."""
+
+    num_heads: int
+    mlp_ratio: float
+    norm2_eps: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"], c: Float[Array, "B D"]) -> Float[Array, "B T D"]:
+        width = x.shape[-1]
+        shift1, scale1, gate1, shift2, scale2, gate2 = Modulation(width, 6, name="adaLN_modulation")(c)
+        h = Attention(self.num_heads, name="attn")(modulate(layer_norm(x, _NORM_EPS), shift1, scale1))
+        x = x + gate1[:, None, :] * h
+        h = Mlp(int(self.mlp_ratio * width), name="mlp")(modulate(layer_norm(x, self.norm2_eps), shift2, scale2))
+        return x + gate2[:, None, :] * h
+
+
+class FinalLayer(nn.Module):
+    features: int
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"], c: Float[Array, "B D"]) -> Float[Array, "B T F"]:
+        shift, scale = Modulation(x.shape[-1], 2, name="adaLN_modulation")(c)
+        return Linear(self.features, nn.initializers.zeros, name="linear")(modulate(layer_norm(x, _NORM_EPS), shift, scale))
+
+
+class DiT(nn.Module):
+    """The network: x (B, H, W, C), t (B,), y (B,) -> (B, H, W, 2C), noise prediction and variance interpolation.
+
+    With learn_sigma=False the output is (B, H, W, C). `dtype` is that of the computation; parameters may be stored
+    in any. `freq_shift` and `norm2_eps` differ in checkpoints made for diffusers' own module.
+    """
+
+    input_size: int = 32
+    patch_size: int = 2
+    in_channels: int = 4
+    hidden_size: int = 1152
+    depth: int = 28
+    num_heads: int = 16
+    mlp_ratio: float = 4.0
+    num_classes: int = 1000
+    learn_sigma: bool = True
+    freq_shift: int = 0
+    norm2_eps: float = _NORM_EPS
+    dtype: Any = jnp.float32
+
+    @property
+    def out_channels(self) -> int:
+        return self.in_channels * (2 if self.learn_sigma else 1)
+
+    @property
+    def grid(self) -> int:
+        return self.input_size // self.patch_size
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B H W C"], t: Num[Array, " B"], y: Int[Array, " B"], return_blocks: bool = False
+    ) -> Any:
+        """Noise prediction; with `return_blocks` also the outputs of the blocks (L, B, T, D), for L_d (eq 8)."""
+        x = x.astype(self.dtype)
+        tokens = PatchEmbed(self.patch_size, self.hidden_size, name="x_embedder")(x)
+        positions = self.param("pos_embed", lambda _: jnp.asarray(sincos_positions(self.grid, self.hidden_size)))
+        tokens = tokens + positions.astype(self.dtype)[None]
+        c = TimestepEmbedder(self.hidden_size, self.freq_shift, name="t_embedder")(t, self.dtype)
+        c = c + LabelEmbedder(self.num_classes, self.hidden_size, name="y_embedder")(y, self.dtype)
+
+        block = DiTBlock(self.num_heads, self.mlp_ratio, self.norm2_eps, parent=None)
+        outputs = []
+        for run in split_runs(leaf(self, "blocks", self._init_blocks, block)):
+            tokens, out = jax.lax.scan(
+                lambda tokens, p: (out := block.apply({"params": p}, tokens, c), out if return_blocks else None),
+                tokens,
+                run,
+            )
+            outputs.append(out)
+
+        features = self.patch_size**2 * self.out_channels
+        patches = FinalLayer(features, name="final_layer")(tokens, c)
+        image = self._unpatchify(patches)
+        return (image, jnp.concatenate(outputs)) if return_blocks else image
+
+    def forward_with_cfg(
+        self, x: Float[Array, "B H W C"], t: Num[Array, " B"], y: Int[Array, " B"], cfg_scale: Any
+    ) -> Float[Array, "B H W 2C"]:
+        """Classifier-free guidance as in the reference: x = [z, z], y = [labels, null]; only the first half of x is read.
+
+        The guided noise prediction stands in both halves of the output, the rest is each half's own. Of C = 4
+        latents only the first three channels are guided: the published figures were made that way.
+        """
+        half = x[: x.shape[0] // 2]
+        return guide(self(jnp.concatenate([half, half]), t, y), cfg_scale, self.in_channels)
+
+    def _init_blocks(self, key: jax.Array, block: DiTBlock) -> Any:
+        tokens, c = jnp.zeros((1, self.grid**2, self.hidden_size)), jnp.zeros((1, self.hidden_size))
+        return jax.vmap(lambda k: block.init(k, tokens, c)["params"])(jax.random.split(key, self.depth))
+
+    def _unpatchify(self, patches: Float[Array, "B T F"]) -> Float[Array, "B H W C"]:
+        grid, p = self.grid, self.patch_size
+        x = patches.reshape(-1, grid, grid, p, p, self.out_channels)
+        return x.transpose(0, 1, 3, 2, 4, 5).reshape(-1, grid * p, grid * p, self.out_channels)
+
+
+def guide(
+    output: Float[Array, "B H W 2C"], cfg_scale: Any, in_channels: int
+) -> Float[Array, "B H W 2C"]:
+    """eps_null + s (eps_label - eps_null) for an output whose first half has the labels and second half the null."""
+    guided_channels = 3 if in_channels == 4 else in_channels
+    eps, rest = output[..., :guided_channels], output[..., guided_channels:]
+    cond, null = jnp.split(eps, 2)
+    guided = null + jnp.asarray(cfg_scale, output.dtype) * (cond - null)
+    return jnp.concatenate([jnp.concatenate([guided, guided]), rest], axis=-1)
+
+
+def variant(name: str, **overrides: Any) -> DiT:
+    """`variant("DiT-XL/2", input_size=64)`; KeyError names the known ones."""
+    if name not in DIT_VARIANTS:
+        raise KeyError(f"no variant {name!r}; known: {', '.join(DIT_VARIANTS)}")
+    return DiT(**{**DIT_VARIANTS[name], **overrides})

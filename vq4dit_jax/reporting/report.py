@@ -1,0 +1,68 @@
+"""The page that a run leaves behind: report.html, one file, no network."""
+
+import dataclasses
+import html
+import importlib.resources
+import os
+import string
+
+import numpy as np
+
+from vq4dit_jax.files import write_text
+from vq4dit_jax.reporting import sections
+from vq4dit_jax.reporting.markup import render
+
+
+@dataclasses.dataclass(frozen=True)
+class ReportData:
+    """What the page is made of. Everything in it may come from outside: all of it is escaped.
+
+    A figure that was not computed is None or left out, and stands as a dash; a part with nothing to show says so.
+
+    Attributes:
+      title: headline, e.g. "DiT-S/2 on CIFAR-10 in 2 bits".
+      metrics: what metrics.json holds (docs: model, size, quality, calibration, time_s, recipe).
+      config: resolved configuration; nested dicts, leaves of any type.
+      train_log: one dict per calibration step, ascending: "step", "trajectory", "timestep", "l_d", "l_r", "loss",
+        "frozen_fraction" (0 to 1), "seconds"; on some lines "ratio_histogram": counts of the ratio r of the first
+        candidate over all sub-vectors, in equal bins of [0, 1] (20 of them).
+      layers: one dict per block and role: "path" (of the kernel), "block" (int), "role" ("attn/qkv"),
+        "shape" ([O, I]), "codewords" (K), "subvector" (d), "groups" (codebooks in it), "bits" (codes and codebook,
+        per weight), "kmeans_error" and "final_error" (relative Frobenius error of the weights, before and after
+        calibration).
+      images: model ("fp", "kmeans", "vq4dit", in this order) -> uint8 (N, H, W, 3); picture i of each from the same
+        seed and label. N may differ: the page shows what all have.
+      labels: class name of each picture.
+      command: the command line that reproduces the run.
+    """
+
+    title: str
+    metrics: dict
+    config: dict
+    train_log: list[dict]
+    layers: list[dict]
+    images: dict[str, np.ndarray]
+    labels: list[str]
+    command: str
+
+
+def write_report(path: str | os.PathLike, data: ReportData) -> None:
+    """Writes one self-contained HTML page: no scripts, no fonts, nothing that a browser would fetch.
+
+    It adapts to the width of a phone, to dark mode and to paper. Long logs are thinned and large pictures
+    reduced, so that it stays under about 3 MB.
+    """
+    body = [
+        sections.headline(data.title, data.metrics),
+        sections.pictures(data.images, data.labels),
+        sections.quality(data.metrics),
+        sections.calibration(data.metrics, data.train_log),
+        sections.ratios(data.train_log),
+        sections.size(data.metrics),
+        sections.layer_errors(data.layers),
+        sections.time(data.metrics),
+        sections.recipe(data.metrics, data.config, data.command),
+    ]
+    template = importlib.resources.files(__package__).joinpath("template.html").read_text(encoding="utf-8")
+    title = html.escape(data.title).encode("utf-8", "replace").decode("utf-8")
+    write_text(path, string.Template(template).substitute(title=title, body="\n".join(map(render, body))))

@@ -1,0 +1,135 @@
+"""The sampling loop: one `lax.scan` over time steps, sharded over the batch."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from vq4dit_jax import diffusion
+from vq4dit_jax.errors import InputError
+from vq4dit_jax.models import DiT
+
+SAMPLERS = ("ddpm", "ddim", "dpm++")
+_INITIAL, _STEPS = 0, 1
+"""Streams of randomness: the first noise, and the noise of the steps."""
+
+
+def image_keys(key: jax.Array, first: int, count: int) -> jax.Array:
+    """A key per image from its global index, so that image i is the same in any batch on any number of devices."""
+    return jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(first, first + count, dtype=jnp.uint32))
+
+
+def noise(keys: jax.Array, stream: int, step: int | jax.Array, shape: tuple[int, ...]) -> Float[Array, "B H W C"]:
+    """Standard normal noise of each image's own stream."""
+
+    def one(key: jax.Array) -> jax.Array:
+        return jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, stream), step), shape, jnp.float32)
+
+    return jax.vmap(one)(keys)
+
+
+def guided(model: DiT, params: Any, x: jax.Array, t: jax.Array, labels: jax.Array, cfg_scale: Any) -> jax.Array:
+    """Model output for x (B, H, W, C) with guidance; t a scalar."""
+    both = jnp.concatenate([x, x])
+    y = jnp.concatenate([labels, jnp.full_like(labels, model.num_classes)])
+    ts = jnp.full((both.shape[0],), t, jnp.int32)
+    out = model.apply({"params": params}, both, ts, y, cfg_scale, method="forward_with_cfg")
+    return out[: x.shape[0]]
+
+
+def denoise(
+    predict: Callable[[jax.Array, jax.Array], jax.Array],
+    sched: diffusion.Schedule,
+    keys: jax.Array,
+    shape: tuple[int, ...],
+    sampler: str,
+) -> Float[Array, "B H W C"]:
+    """Runs `predict(x, t) -> model output` from noise to image. Pure and jittable."""
+    x = noise(keys, _INITIAL, 0, shape)
+
+    def step(carry: tuple[jax.Array, jax.Array], i: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
+        x, x0 = carry
+        output = predict(x, sched.timesteps[i])
+        if sampler == "ddpm":
+            x = diffusion.ddpm_step(sched, i, x, output, noise(keys, _STEPS, i, shape))
+        elif sampler == "ddim":
+            x = diffusion.ddim_step(sched, i, x, output)
+        else:
+            x, x0 = diffusion.dpmpp_2m_step(sched, i, x, output, x0)
+        return (x, x0), None
+
+    order = jnp.arange(sched.num_steps - 1, -1, -1, dtype=jnp.int32)
+    (x, _), _ = jax.lax.scan(step, (x, jnp.zeros_like(x)), order)
+    return x
+
+
+@functools.partial(jax.jit, static_argnames=("model", "sampler", "use_guidance"))
+def _sample(model, params, labels, keys, sched, cfg_scale, *, sampler, use_guidance):
+    def predict(x: jax.Array, t: jax.Array) -> jax.Array:
+        if use_guidance:
+            return guided(model, params, x, t, labels, cfg_scale)
+        return model.apply({"params": params}, x, jnp.full((x.shape[0],), t, jnp.int32), labels)
+
+    size = model.input_size
+    return denoise(predict, sched, keys, (size, size, model.in_channels), sampler)
+
+
+def batch_mesh() -> Mesh:
+    """All devices in one axis, over which the batch is cut."""
+    return jax.make_mesh((jax.device_count(),), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
+
+
+def sample(
+    model: DiT,
+    params: Any,
+    labels: Int[Array, " B"],
+    *,
+    key: jax.Array,
+    num_steps: int = 250,
+    sampler: str = "ddpm",
+    cfg_scale: float = 1.5,
+    first_index: int = 0,
+) -> Float[Array, "B H W C"]:
+    """Images (or latents) in model space for `labels`, from dense or quantized parameters.
+
+    Image j of the call is image `first_index + j` of the stream `key`: the same whatever the batch and the number of
+    devices. The batch is padded to a multiple of the devices. Guidance is skipped where cfg_scale is 1.
+
+    Raises InputError for an unknown sampler, steps out of range, or labels that are not classes.
+    """
+    if sampler not in SAMPLERS:
+        raise InputError(f"sampler={sampler!r}: wanted one of {', '.join(SAMPLERS)}")
+    labels = np.asarray(labels)
+    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
+        raise InputError(f"labels have shape {labels.shape} and dtype {labels.dtype}; wanted integers (B,)")
+    if labels.size and not (0 <= labels.min() and labels.max() <= model.num_classes):
+        raise InputError(f"labels lie in {labels.min()}..{labels.max()}; wanted 0..{model.num_classes}")
+    sched = diffusion.make_schedule(num_steps)
+    mesh = batch_mesh()
+    count = len(labels)
+    padded = -(-count // mesh.size) * mesh.size
+    rows = NamedSharding(mesh, PartitionSpec("batch"))
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    label_array = jax.device_put(np.resize(labels, padded).astype(np.int32), rows)
+    keys = jax.device_put(image_keys(key, first_index, padded), rows)
+    images = _sample(
+        model,
+        jax.device_put(params, everywhere),
+        label_array,
+        keys,
+        jax.device_put(sched, everywhere),
+        jnp.float32(cfg_scale),
+        sampler=sampler,
+        use_guidance=cfg_scale != 1.0,
+    )
+    return images[:count]
+
+
+def to_uint8(images: Float[np.ndarray, "B H W C"]) -> np.ndarray:
+    """[-1, 1] to 0..255 as the reference and ADM do: 127.5 x + 128, clipped, cut off."""
+    return np.clip(np.asarray(images, np.float32) * 127.5 + 128, 0, 255).astype(np.uint8)

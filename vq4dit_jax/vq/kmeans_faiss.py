@@ -1,0 +1,65 @@
+"""Lloyd's iteration on CPU: the nearest codewords by faiss, the means by numpy.
+
+faiss's own `Kmeans` is not used: an empty cluster there is split in a way that can raise the error, it subsamples,
+refuses P < K, and sums clusters and error in float32, too coarse to stop by.
+"""
+
+import contextlib
+from collections.abc import Iterator
+
+import numpy as np
+from jaxtyping import Float, Int
+
+
+def lloyd(
+    points: Float[np.ndarray, "P d"], codebook: Float[np.ndarray, "K d"], max_iterations: int, tolerance: float
+) -> tuple[Float[np.ndarray, "K d"], Int[np.ndarray, " P"], int]:
+    """Iterates from `codebook`; returns the codebook, the assignments to it and the iterations run."""
+    columns = np.ascontiguousarray(points.T, np.float64)
+    power = np.square(columns).sum()
+
+    def statistics(codebook):
+        """Assignments, and of each cluster its size (K,) and its sum (K, d); mean squared error from these."""
+        ids = nearest(points, codebook, 1)[:, 0]
+        counts = np.bincount(ids, minlength=len(codebook))
+        sums = np.stack([np.bincount(ids, column, len(codebook)) for column in columns], 1)
+        wide = codebook.astype(np.float64)
+        error = (power - 2 * np.vdot(wide, sums) + np.vdot(counts, np.square(wide).sum(1))) / len(points)
+        return ids, counts, sums, error
+
+    ids, counts, sums, error = statistics(codebook)
+    for iteration in range(1, max_iterations + 1):
+        means = (sums / np.maximum(counts, 1)[:, None]).astype(np.float32)
+        empty = np.flatnonzero(counts == 0)
+        if len(empty):
+            squared = np.square(points - codebook[ids]).sum(1)
+            farthest = np.argsort(-squared, kind="stable")[: len(empty)]
+            means[empty[: len(farthest)]] = points[farthest]
+        *found, new_error = statistics(means)
+        fall, previous = error - new_error, error
+        if fall > 0:
+            codebook, error, (ids, counts, sums) = means, new_error, found
+        if not fall > tolerance * previous:
+            break
+    return codebook, ids, iteration
+
+
+def nearest(
+    points: Float[np.ndarray, "P d"], codebook: Float[np.ndarray, "K d"], n: int
+) -> Int[np.ndarray, "P n"]:
+    """Ids of the n nearest codewords, nearest first."""
+    import faiss
+
+    with _fused_kernel(faiss):
+        return faiss.knn(points, codebook, n)[1]
+
+
+@contextlib.contextmanager
+def _fused_kernel(faiss) -> Iterator[None]:
+    """faiss keeps its vectorised kernel for P*d above a threshold; it is ten times faster below it, too."""
+    threshold = faiss.cvar.distance_compute_blas_threshold
+    faiss.cvar.distance_compute_blas_threshold = 0
+    try:
+        yield
+    finally:
+        faiss.cvar.distance_compute_blas_threshold = threshold
