@@ -30,7 +30,7 @@ $(VENV)/installed-test: $(VENV)/bin/python setup.cfg pyproject.toml $(wildcard c
 	touch $@ $(VENV)/installed-demo
 
 $(VENV)/bin/python:
-	$(PYTHON) -m venv $(VENV)
+	$(or $(PYTHON),$(error vq4dit-jax needs Python 3.11 or newer: make PYTHON=/path/to/python)) -m venv $(VENV)
 
 # Writes the constraints of one Python anew, from what the registry has today:
 #   make lock PYTHON=python3.11

@@ -85,7 +85,7 @@ def official_checkpoint(
         raise InputError(f"cannot download {url}: {reason}{kept}; {by_hand}, or run again with a network") from None
     except OSError as error:
         if error.errno == errno.ENOSPC:
-            raise InputError(f"no room left in {folder} for {name}; free some, or set VQ4DIT_CACHE to another") from None
+            raise InputError(f"no room left in {folder} for {name}; free some or set VQ4DIT_CACHE") from None
         raise InputError(f"cannot write {partial}: {error}; {by_hand}") from None
     finally:
         if not _size(partial):
@@ -126,6 +126,7 @@ def _append(url: str, file: BinaryIO, partial: pathlib.Path) -> bool:
     try:
         response = urllib.request.urlopen(request, timeout=_TIMEOUT)
     except urllib.error.HTTPError as error:
+        error.close()
         if error.code != http.client.REQUESTED_RANGE_NOT_SATISFIABLE:
             raise
         if error.headers.get("Content-Range") == f"bytes */{start}":

@@ -118,17 +118,19 @@ class Layout:
     def leaves(self, checkpoint: Checkpoint, depth: int, dtype: Any) -> Iterator[tuple[str, np.ndarray]]:
         """Path and array of each leaf in turn: one leaf and one tensor are in memory at a time."""
         for rule in self.rules:
-            if rule.stacked:
-                blocks = (self._leaf(checkpoint, rule, i, dtype) for i in range(depth))
-                first = next(blocks)
-                leaf = np.empty((depth, *first.shape), dtype)
-                leaf[0] = first
-                for i, block in enumerate(blocks, 1):
-                    leaf[i] = block
-            else:
-                leaf = np.ascontiguousarray(self._leaf(checkpoint, rule, 0, dtype))
+            yield rule.path, self._stack(checkpoint, rule, depth, dtype)
+            if not rule.stacked:
                 self._check_copies(checkpoint, rule, depth)
-            yield rule.path, leaf
+
+    def _stack(self, checkpoint: Checkpoint, rule: Rule, depth: int, dtype: Any) -> np.ndarray:
+        first = self._leaf(checkpoint, rule, 0, dtype)
+        if not rule.stacked:
+            return np.array(first, order="C")  # a copy, for what is read is a view of the mapped file
+        leaf = np.empty((depth, *first.shape), dtype)
+        leaf[0] = first
+        for i in range(1, depth):
+            leaf[i] = self._leaf(checkpoint, rule, i, dtype)
+        return leaf
 
     def _leaf(self, checkpoint: Checkpoint, rule: Rule, block: int, dtype: Any) -> np.ndarray:
         parts = [rule.kind.turn(read_finite(checkpoint, source.format(block), dtype)) for source in rule.sources]
@@ -139,7 +141,7 @@ class Layout:
         for name in copies:
             if not np.array_equal(checkpoint.read(first), checkpoint.read(name)):
                 raise InputError(
-                    f"{checkpoint.path}: {name} differs from {first}; DiT has one for all blocks, so they must be equal"
+                    f"{checkpoint.path}: {name} differs from {first}; DiT has one for all blocks: they must be equal"
                 )
 
 
@@ -152,6 +154,6 @@ def read_finite(checkpoint: Checkpoint, name: str, dtype: Any) -> np.ndarray:
         bad = int(stored.size - np.isfinite(stored).sum())
         if bad:
             raise InputError(f"{checkpoint.path}: {name} has {bad} NaN or infinite among its {stored.size} numbers")
-        largest = float(np.abs(stored).max())
-        raise InputError(f"{checkpoint.path}: {name} holds {largest:.4g}, too large for {np.dtype(dtype)}; use bfloat16")
+        largest = f"{float(np.abs(stored).max()):.4g}"
+        raise InputError(f"{checkpoint.path}: {name} holds {largest}, too large for {np.dtype(dtype)}; use bfloat16")
     return array

@@ -48,10 +48,11 @@ def load_pretrained(
       MissingExtraError: the file is PyTorch's and torch is not installed.
     """
     checkpoint = open_checkpoint(path)
-    layout, model = describe(
-        checkpoint, variant, num_heads=num_heads, num_classes=num_classes, input_size=input_size
-    )
-    leaves = {p: jnp.asarray(leaf) for p, leaf in layout.leaves(checkpoint, model.depth, np.dtype(dtype))}
+    layout, model = describe(checkpoint, variant, num_heads=num_heads, num_classes=num_classes, input_size=input_size)
+    leaves = {}
+    for leaf_path, leaf in layout.leaves(checkpoint, model.depth, np.dtype(dtype)):
+        leaves[leaf_path] = jax.block_until_ready(jax.device_put(leaf))  # jnp.asarray would copy twice
+        del leaf  # before the next one is read
     leaves.setdefault("pos_embed", jnp.asarray(sincos_positions(model.grid, model.hidden_size), dtype))
     return model, unflatten_dict(leaves, sep="/")
 

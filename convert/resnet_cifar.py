@@ -74,7 +74,7 @@ def main(arguments: list[str] | None = None) -> None:
         with atomic_path(flags.output) as partial:
             save_file(params, partial, metadata=_METADATA)
             partial.chmod(0o644)  # safetensors writes files that only their owner can read
-    except (InputError, MissingExtraError) as error:
+    except (InputError, MissingExtraError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     print(f"{flags.output}: {len(params)} arrays, {sum(v.size for v in params.values()):,} parameters")

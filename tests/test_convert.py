@@ -26,7 +26,14 @@ WIDTH, DEPTH, HEADS, PATCH, CHANNELS, GRID, CLASSES = 16, 3, 2, 2, 4, 4, 5
 
 
 def weights(
-    width=WIDTH, depth=DEPTH, patch=PATCH, channels=CHANNELS, grid=GRID, classes=CLASSES, hidden=4 * WIDTH, out=2 * CHANNELS
+    width=WIDTH,
+    depth=DEPTH,
+    patch=PATCH,
+    channels=CHANNELS,
+    grid=GRID,
+    classes=CLASSES,
+    hidden=4 * WIDTH,
+    out=2 * CHANNELS,
 ) -> dict[str, np.ndarray]:
     """A checkpoint with facebookresearch's names."""
     rng = np.random.default_rng(0)
@@ -108,12 +115,17 @@ def test_every_tensor_finds_its_leaf(save):
     np.testing.assert_array_equal(
         params["y_embedder"]["embedding_table"]["embedding"], w["y_embedder.embedding_table.weight"]
     )
-    for theirs, ours in {"t_embedder.mlp.0": params["t_embedder"]["mlp"]["0"], "final_layer.linear": params["final_layer"]["linear"]}.items():
+    for theirs, ours in {
+        "t_embedder.mlp.0": params["t_embedder"]["mlp"]["0"],
+        "final_layer.linear": params["final_layer"]["linear"],
+    }.items():
         np.testing.assert_array_equal(ours["kernel"], w[f"{theirs}.weight"].T)
         np.testing.assert_array_equal(ours["bias"], w[f"{theirs}.bias"])
     for role, part in (("attn", "qkv"), ("attn", "proj"), ("mlp", "fc1"), ("mlp", "fc2"), ("adaLN_modulation", "1")):
         for i in range(DEPTH):
-            np.testing.assert_array_equal(params["blocks"][role][part]["kernel"][i], w[f"blocks.{i}.{role}.{part}.weight"].T)
+            np.testing.assert_array_equal(
+                params["blocks"][role][part]["kernel"][i], w[f"blocks.{i}.{role}.{part}.weight"].T
+            )
             np.testing.assert_array_equal(params["blocks"][role][part]["bias"][i], w[f"blocks.{i}.{role}.{part}.bias"])
 
 
@@ -140,7 +152,9 @@ def test_sizes_are_read_off_the_shapes(save, heads, depth, patch, channels, grid
     assert jax.tree.map(lambda p: (p.shape, p.dtype), params) == jax.tree.map(lambda p: (p.shape, p.dtype), fresh)
 
 
-@pytest.mark.parametrize("wrap", [lambda w: w, lambda w: {"ema": w}, lambda w: {"model": w}, lambda w: {"state_dict": {"model": w}}])
+@pytest.mark.parametrize(
+    "wrap", [lambda w: w, lambda w: {"ema": w}, lambda w: {"model": w}, lambda w: {"state_dict": {"model": w}}]
+)
 @pytest.mark.parametrize("zipped", [True, False])
 def test_torch_files(torch, save_torch, save, wrap, zipped):
     w = weights()
@@ -323,10 +337,20 @@ def test_wrong_shapes_are_named_with_both_shapes(save, name, shape, wanted):
 
 
 def test_sizes_that_make_no_network(save):
-    refused(save(weights() | {"x_embedder.proj.weight": np.zeros((WIDTH, 16), np.float32)}), "x_embedder.proj.weight", "4 axes")
-    refused(save(weights() | {"x_embedder.proj.weight": np.zeros((WIDTH, 4, 0, 0), np.float32)}), "x_embedder.proj.weight")
+    refused(
+        save(weights() | {"x_embedder.proj.weight": np.zeros((WIDTH, 16), np.float32)}),
+        "x_embedder.proj.weight",
+        "4 axes",
+    )
+    refused(
+        save(weights() | {"x_embedder.proj.weight": np.zeros((WIDTH, 4, 0, 0), np.float32)}), "x_embedder.proj.weight"
+    )
     refused(save(weights() | {"pos_embed": np.zeros((1, 15, WIDTH), np.float32)}), "pos_embed", "15", "square")
-    refused(save(weights() | {"x_embedder.proj.weight": np.zeros((WIDTH, 4, 3, 2), np.float32)}), "x_embedder.proj.weight", "3 x 2")
+    refused(
+        save(weights() | {"x_embedder.proj.weight": np.zeros((WIDTH, 4, 3, 2), np.float32)}),
+        "x_embedder.proj.weight",
+        "3 x 2",
+    )
     refused(save(weights(out=3)), "final_layer.linear.bias", "(12,)", "(16,)")
 
 
@@ -413,11 +437,18 @@ def test_copies_of_the_embedders_must_be_equal(torch, module, tmp_path):
     with torch.no_grad():
         module.transformer_blocks[2].norm1.emb.timestep_embedder.linear_1.bias[0] += 1
     module.save_pretrained(tmp_path / "model")
-    refused(tmp_path / "model", "transformer_blocks.2.norm1.emb.timestep_embedder.linear_1.bias", "transformer_blocks.0")
+    refused(
+        tmp_path / "model", "transformer_blocks.2.norm1.emb.timestep_embedder.linear_1.bias", "transformer_blocks.0"
+    )
 
 
 def test_diffusers_models_of_another_make(folder, tmp_path):
-    for key, value in {"activation_fn": "geglu", "norm_type": "ada_norm_single", "sample_size": 9, "num_attention_heads": 3}.items():
+    for key, value in {
+        "activation_fn": "geglu",
+        "norm_type": "ada_norm_single",
+        "sample_size": 9,
+        "num_attention_heads": 3,
+    }.items():
         original = (folder / "config.json").read_text()
         edit_config(folder, **{key: value})
         refused(folder, str(value), num_heads=None)

@@ -150,7 +150,10 @@ def test_the_shipped_model_is_the_original_in_16_bits(shared):
     shipped, rounded = load_pretrained(asset("dit_cifar10.safetensors"))
     assert shipped == original
     rounded = flatten_dict(rounded, sep="/")
-    as_16_bits = {path: np.asarray(leaf).astype(np.float16).astype(np.float32) for path, leaf in flatten_dict(params, sep="/").items()}
+    as_16_bits = {
+        path: np.asarray(leaf).astype(np.float16).astype(np.float32)
+        for path, leaf in flatten_dict(params, sep="/").items()
+    }
     assert rounded.keys() == as_16_bits.keys()
     for path, leaf in rounded.items():
         np.testing.assert_array_equal(np.asarray(leaf), as_16_bits[path], err_msg=path)

@@ -17,10 +17,20 @@ from scipy.spatial.distance import cdist
 
 from vq4dit_jax import evaluation
 from vq4dit_jax.errors import InputError, MissingExtraError
-from vq4dit_jax.evaluation import Classifier, Moments, evaluate, frechet_distance, inception_score, moments, precision_and_recall
-from vq4dit_jax.evaluation import metrics, precision_recall, reference, tfgan
+from vq4dit_jax.evaluation import (
+    Classifier,
+    Moments,
+    evaluate,
+    frechet_distance,
+    inception_score,
+    metrics,
+    moments,
+    precision_and_recall,
+    precision_recall,
+    reference,
+    tfgan,
+)
 from vq4dit_jax.files import asset
-
 
 needs_tfgan = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("tensorflow", "tensorflow_probability", "tensorflow_gan")),

@@ -1,4 +1,4 @@
-"""CifarResNet computes what a torch.nn ResNet with batch norm does at the same weights; the asset is the published one."""
+"""CifarResNet computes what a torch.nn ResNet does at the same weights; the asset is the published one."""
 
 import functools
 import io

@@ -124,6 +124,13 @@ def save_safetensors(file: str | os.PathLike, model: DiT, params: Any, extra: di
     arrays = {name: np.ascontiguousarray(a) for name, a in flatten(params).items()}
     with atomic_path(file) as partial:
         save_file(arrays, partial, metadata={"format": FORMAT, "manifest": json.dumps(manifest)})
+        partial.chmod(0o666 & ~_umask())  # safetensors writes it for its owner alone
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def load_safetensors(file: str | os.PathLike) -> tuple[DiT, dict[str, Any], dict[str, Any]]:
@@ -145,10 +152,14 @@ def load_safetensors(file: str | os.PathLike) -> tuple[DiT, dict[str, Any], dict
 
 
 def save_tree(path: str | os.PathLike, tree: Any, metadata: dict[str, Any]) -> None:
-    """Writes a pytree of arrays as an orbax folder, beside and renamed."""
+    """Writes a pytree of arrays as an orbax folder, beside and renamed.
+
+    Uncompressed: codes have next to no redundancy, and the size on disk is then the count of bits.
+    """
     from orbax.checkpoint import v1 as ocp
 
-    with atomic_path(path) as partial:
+    saving = ocp.options.ArrayOptions.Saving(use_compression=False)
+    with atomic_path(path) as partial, ocp.Context(array_options=ocp.options.ArrayOptions(saving=saving)):
         try:
             ocp.save(partial.absolute(), jax.tree.map(np.asarray, tree), custom_metadata=metadata)
         finally:

@@ -15,6 +15,8 @@ from jaxtyping import Array, Float, Int
 from vq4dit_jax.errors import InputError
 
 TRAIN_STEPS = 1000
+Index = int | Int[Array, ""]
+"""Of a step in `Schedule.timesteps`."""
 
 
 @jax.tree_util.register_dataclass
@@ -91,13 +93,13 @@ def _split(x: jax.Array, model_output: jax.Array) -> tuple[jax.Array, jax.Array 
     return output[..., :channels], output[..., channels:]
 
 
-def predict_x0(sched: Schedule, i: Int[Array, ""], x: Float[Array, "B H W C"], eps: Float[Array, "B H W C"]) -> jax.Array:
+def predict_x0(sched: Schedule, i: Index, x: Float[Array, "B H W C"], eps: Float[Array, "B H W C"]) -> jax.Array:
     return (x - sched.sqrt_one_minus_alpha_bar[i] * eps) / sched.sqrt_alpha_bar[i]
 
 
 def ddpm_step(
     sched: Schedule,
-    i: int | Int[Array, ""],
+    i: Index,
     x: Float[Array, "B H W C"],
     model_output: Float[Array, "B H W _"],
     noise: Float[Array, "B H W C"],
@@ -118,7 +120,7 @@ def ddpm_step(
 
 def ddim_step(
     sched: Schedule,
-    i: int | Int[Array, ""],
+    i: Index,
     x: Float[Array, "B H W C"],
     model_output: Float[Array, "B H W _"],
     noise: Float[Array, "B H W C"] | None = None,
@@ -139,7 +141,7 @@ def ddim_step(
 
 def dpmpp_2m_step(
     sched: Schedule,
-    i: int | Int[Array, ""],
+    i: Index,
     x: Float[Array, "B H W C"],
     model_output: Float[Array, "B H W _"],
     previous_x0: Float[Array, "B H W C"],

@@ -38,11 +38,11 @@ KEEP = None
 Rule = tuple[str, VQSpec | None]
 """A regular expression that must match a whole path such as `blocks/3/attn/qkv/kernel`, and what to do with it."""
 
-BITS: dict[float, tuple[int, int]] = {1: (256, 8), 1.5: (64, 4), 2: (256, 4), 3: (64, 2), 4: (256, 2)}
+BITS: dict[float | int, tuple[int, int]] = {1: (256, 8), 1.5: (64, 4), 2: (256, 4), 3: (64, 2), 4: (256, 2)}
 """bits a weight -> (K, d)"""
 
 
-def dit_rules(bits: float) -> tuple[Rule, ...]:
+def dit_rules(bits: float | int) -> tuple[Rule, ...]:
     """Every Linear of a DiT's blocks, q, k and v with a codebook each; all else is kept."""
     if bits not in BITS:
         raise InputError(f"bits={bits}: wanted one of {', '.join(map(str, BITS))}; or give rules=")
@@ -112,7 +112,7 @@ def _fit(path: str, spec: VQSpec, shape: tuple[int, ...]) -> VQSpec:
 
 def quantize(
     params: Params,
-    bits: float = 2,
+    bits: float | int = 2,
     *,
     key: jax.Array,
     rules: Sequence[Rule] | None = None,
@@ -165,13 +165,15 @@ def map_leaves(fn: Callable[..., Any], tree: Any, *rest: Any) -> Any:
 
 
 def dequantize(params: Params) -> Any:
-    """The same tree with dense kernels (*stack, I, O), in the codebooks' dtype."""
+    """The same tree with dense kernels (*stack, I, O), in the codebooks' dtype; mixed stacks in float32."""
 
     def dense(leaf: Any) -> Any:
         return jnp.swapaxes(leaf.decode(), -1, -2) if isinstance(leaf, VQArray) else leaf
 
     def join(leaf: Any) -> Any:
-        return jnp.concatenate([dense(part) for part in leaf]) if isinstance(leaf, tuple) else dense(leaf)
+        if not isinstance(leaf, tuple):
+            return dense(leaf)
+        return jnp.concatenate([dense(part).astype(jnp.float32) for part in leaf])
 
     return jax.tree.map(join, params, is_leaf=lambda node: isinstance(node, VQArray | tuple))
 

@@ -52,7 +52,9 @@ def load_classifier(name: str) -> Classifier:
     return _LOADERS[name]()
 
 
-def extract_features(classifier: Classifier, images: np.ndarray, batch_size: int = 200) -> dict[str, Float[np.ndarray, "N _"]]:
+def extract_features(
+    classifier: Classifier, images: np.ndarray, batch_size: int = 200
+) -> dict[str, Float[np.ndarray, "N _"]]:
     """Outputs of the classifier for all images, in their order.
 
     Batches all have `batch_size` images, the last one filled up with black, so the network compiles once; memory is

@@ -20,7 +20,7 @@ _ROUNDING = 1e-12
 def precision_and_recall(
     real: Float[np.ndarray, "M D"], generated: Float[np.ndarray, "N D"], neighbours: int = NEIGHBOURS
 ) -> tuple[float, float]:
-    """(precision, recall) of two sets of more than `neighbours` feature vectors each; a ball's surface belongs to it."""
+    """(precision, recall) of two sets of more than `neighbours` feature vectors each. A ball has its surface."""
     centre = np.asarray(real, np.float64).mean(axis=0, keepdims=True)  # small numbers round less
     real, generated = real.astype(np.float64) - centre, generated.astype(np.float64) - centre
     precision = _inside(generated, real, _squared_radii(real, neighbours)).mean()

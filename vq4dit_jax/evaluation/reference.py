@@ -78,12 +78,14 @@ def main(arguments: list[str] | None = None) -> None:
         prog="python -m vq4dit_jax.evaluation.reference",
         description="Computes what the quality metrics need of a set of real images, and writes it to one .npz file.",
     )
-    parser.add_argument("folder", metavar="IMAGE_FOLDER", help="images of one size (JPEG, PNG, ...), also in subfolders")
+    parser.add_argument(
+        "folder", metavar="IMAGE_FOLDER", help="images of one size (JPEG, PNG, ...), also in subfolders"
+    )
     parser.add_argument("output", metavar="OUT.npz", help="the file to write; an old one is replaced")
     parser.add_argument("--classifier", default="cifar10_resnet56", help="feature network (default: %(default)s)")
     parser.add_argument(
         "--source",
-        help='what the images are, as reports print it (default: after the folder, such as "10,000 test images (JPEG)")',
+        help='what the images are, as reports print it (default: by the folder, such as "10,000 test images (JPEG)")',
     )
     flags = parser.parse_args(arguments)
     try:
@@ -93,7 +95,7 @@ def main(arguments: list[str] | None = None) -> None:
         source = flags.source or f"{len(paths):,} {pathlib.Path(flags.folder).resolve().name} images ({formats})"
         reference = compute_reference(read_images(paths), classifier, source)
         save_reference(flags.output, reference)
-    except InputError as error:
+    except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     print(f"{flags.output}: {classifier.title} against {reference.source}, sha256 {reference.checksum}")

@@ -215,7 +215,7 @@ class DiT(nn.Module):
 
     def forward_with_cfg(
         self, x: Float[Array, "B H W C"], t: Num[Array, " B"], y: Int[Array, " B"], cfg_scale: Any
-    ) -> Float[Array, "B H W 2C"]:
+    ) -> Float[Array, "B H W 2*C"]:
         """Classifier-free guidance as in the reference: x = [z, z], y = [labels, null]; only the first half of x is read.
 
         The guided noise prediction stands in both halves of the output, the rest is each half's own. Of C = 4
@@ -235,8 +235,8 @@ class DiT(nn.Module):
 
 
 def guide(
-    output: Float[Array, "B H W 2C"], cfg_scale: Any, in_channels: int
-) -> Float[Array, "B H W 2C"]:
+    output: Float[Array, "B H W 2*C"], cfg_scale: Any, in_channels: int
+) -> Float[Array, "B H W 2*C"]:
     """eps_null + s (eps_label - eps_null) for an output whose first half has the labels and second half the null."""
     guided_channels = 3 if in_channels == 4 else in_channels
     eps, rest = output[..., :guided_channels], output[..., guided_channels:]

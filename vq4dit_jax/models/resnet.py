@@ -48,8 +48,8 @@ class CifarResNet(nn.Module):
     def __call__(self, images: jax.typing.ArrayLike) -> dict[str, Float[Array, "B _"]]:
         """images (B, 32, 32, 3) uint8 -> float32 features.
 
-        pool (B, 64): the last feature map, averaged; spatial (B, 448): its first 7 channels, 8 x 8 x 7 flattened, in place of
-        sFID's spatial features (Nash et al. 2021, arXiv 2103.03841); logits (B, num_classes).
+        pool (B, 64): the last feature map, averaged; spatial (B, 448): its first 7 channels, 8 x 8 x 7 flattened, in
+        place of sFID's spatial features (Nash et al. 2021, arXiv 2103.03841); logits (B, num_classes).
         """
         if self.depth < 8 or self.depth % 6 != 2:
             raise InputError(f"depth={self.depth}: a CIFAR ResNet has depth 6n + 2 with n >= 1, such as 20 or 56")

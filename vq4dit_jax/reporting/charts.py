@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 
 from vq4dit_jax.reporting.markup import Content, Element, element
 
-Point = tuple[float, float]
+Number = float | int
+Point = tuple[Number, Number]
 SIZE = 1000
 MOST_POINTS = 500
 
@@ -31,22 +32,22 @@ class Level:
 
     name: str
     css: str
-    y: float
+    y: Number
 
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
     """Maps [low, high] to [0, SIZE]; `log` by decades."""
 
-    low: float
-    high: float
+    low: Number
+    high: Number
     log: bool = False
 
-    def __call__(self, value: float) -> float:
+    def __call__(self, value: Number) -> Number:
         low, high, value = (math.log(v) if self.log else v for v in (self.low, self.high, value))
         return SIZE * (value - low) / (high - low)
 
-    def percent(self, value: float) -> str:
+    def percent(self, value: Number) -> str:
         return f"{100 * self(value) / SIZE:.2f}%"
 
 
@@ -57,9 +58,9 @@ def line_chart(
     levels: Sequence[Level] = (),
     *,
     log: bool = False,
-    y_range: tuple[float, float] | None = None,
-    y_text: Callable[[float], str],
-    verticals: Sequence[float] = (),
+    y_range: tuple[Number, Number] | None = None,
+    y_text: Callable[[Number], str],
+    verticals: Sequence[Number] = (),
 ) -> Element:
     """Curves over calibration steps.
 
@@ -99,7 +100,7 @@ def line_chart(
 
 
 def histogram_over_time(
-    caption: Content, description: str, steps: Sequence[float], shares: Sequence[Sequence[float]]
+    caption: Content, description: str, steps: Sequence[Number], shares: Sequence[Sequence[Number]]
 ) -> Element:
     """A heat map: one column per recorded step, one row per bin of [0, 1]; the colour is the share, by decades.
 
@@ -128,17 +129,24 @@ def histogram_over_time(
         plot.append(element("span", {"class": "tick y", "style": f"bottom:{100 * y:g}%"}, f"{y:g}"))
     _label_steps(plot, x_scale)
     ramp = element("span", {"class": "ramp"})
-    legend = element("p", {"class": "legend"}, element("span", None, "0.1\u202f%"), ramp, element("span", None, "100\u202f%"))
+    legend = element(
+        "p", {"class": "legend"}, element("span", None, "0.1\u202f%"), ramp, element("span", None, "100\u202f%")
+    )
     return _figure(caption, description, plot, legend)
 
 
-def histogram(caption: Content, description: str, shares: Sequence[float]) -> Element:
+def histogram(caption: Content, description: str, shares: Sequence[Number]) -> Element:
     """Bars over equal bins of [0, 1]; `shares` sum to 1."""
     highest = max(shares)
     drawing = element("svg", {"viewBox": f"0 0 {SIZE} {SIZE}", "preserveAspectRatio": "none", "aria-hidden": "true"})
     for i, share in enumerate(shares):
         height = SIZE * share / highest
-        box = {"x": SIZE * (i + 0.06) / len(shares), "y": SIZE - height, "width": SIZE * 0.88 / len(shares), "height": height}
+        box = {
+            "x": SIZE * (i + 0.06) / len(shares),
+            "y": SIZE - height,
+            "width": SIZE * 0.88 / len(shares),
+            "height": height,
+        }
         drawing.append(element("rect", {key: f"{value:.1f}" for key, value in box.items()}))
     plot = element("div", {"class": "plot bars"}, drawing)
     plot.append(element("span", {"class": "tick y", "style": "bottom:100%"}, f"{100 * highest:.0f}\u202f%"))
@@ -147,7 +155,7 @@ def histogram(caption: Content, description: str, shares: Sequence[float]) -> El
     return _figure(caption, description, plot)
 
 
-def stacked_bar(parts: Sequence[tuple[str, float]], whole: float, description: str) -> Element:
+def stacked_bar(parts: Sequence[tuple[str, Number]], whole: Number, description: str) -> Element:
     """One horizontal bar: (CSS class, amount) side by side, as fractions of `whole`."""
     bar = element("div", {"class": "bar", "role": "img", "aria-label": description})
     for css, amount in parts:
@@ -168,14 +176,14 @@ def thinned(points: Sequence[Point]) -> list[Point]:
     return kept
 
 
-def linear_ticks(low: float, high: float, most: int = 6) -> list[float]:
+def linear_ticks(low: Number, high: Number, most: int = 6) -> list[Number]:
     """Multiples of 1, 2 or 5 times a power of ten within [low, high]: at least two, at most about `most`."""
-    step = 10 ** math.floor(math.log10((high - low) / most))
+    step = 10.0 ** math.floor(math.log10((high - low) / most))
     step *= next(factor for factor in (1, 2, 5, 10) if (high - low) / (factor * step) <= most)
     return [step * i for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
-def log_ticks(low: float, high: float) -> list[float]:
+def log_ticks(low: Number, high: Number) -> list[Number]:
     """Powers of ten within [low, high]; with their multiples by 2 and 5 where that leaves fewer than four."""
     exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     ticks = []
@@ -186,11 +194,11 @@ def log_ticks(low: float, high: float) -> list[float]:
     return ticks
 
 
-def _widened(low: float, high: float) -> Scale:
+def _widened(low: Number, high: Number) -> Scale:
     return Scale(low, high) if high > low else Scale(low - 0.5, high + 0.5)
 
 
-def _padded(low: float, high: float, log: bool) -> Scale:
+def _padded(low: Number, high: Number, log: bool) -> Scale:
     """An axis that holds [low, high] with some air; one that is not logarithmic starts at zero."""
     if log:
         return Scale(low / 1.4, high * 1.4, log=True)

@@ -78,7 +78,9 @@ def write_comparison(path: str | os.PathLike, rows: dict[str, np.ndarray], label
         x = margin + column * (width + GAP)
         y = band * (band_height + line // 2)
         if labels is not None:
-            draw.text((x + width // 2, y + line // 2), _fitted(labels[i], font, width), fill=INK, font=font, anchor="mm")
+            draw.text(
+                (x + width // 2, y + line // 2), _fitted(labels[i], font, width), fill=INK, font=font, anchor="mm"
+            )
         for row, images in enumerate(rows.values()):
             canvas.paste(Image.fromarray(images[i]), (x, y + top + row * (height + GAP)))
     for band in range(bands):

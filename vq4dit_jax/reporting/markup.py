@@ -8,6 +8,9 @@ from xml.etree import ElementTree
 Element = ElementTree.Element
 Content = Element | str | None
 
+Figures = dict[str, Any]
+
+MODELS = {"fp": "Full precision", "kmeans": "k-means", "vq4dit": "VQ4DiT"}
 DASH = "—"  # stands for a figure that was not computed
 
 
@@ -24,9 +27,7 @@ def element(tag: str, attributes: dict[str, Any] | None = None, *children: Conte
     return node
 
 
-def table(
-    caption: Content, head: Sequence[Content], rows: Iterable[Sequence[Content]], css: str = ""
-) -> Element:
+def table(caption: Content, head: Sequence[Content], rows: Iterable[Sequence[Content]], css: str = "") -> Element:
     """A table whose first column holds row headers. A cell may be content or a finished <td>; None is an empty one."""
     body = element("tbody")
     for first, *cells in rows:
@@ -39,6 +40,24 @@ def table(
         node.append(element("thead", None, element("tr", None, *titles)))
     node.append(body)
     return node
+
+
+def section(anchor: str, title: str, *children: Element) -> Element:
+    return element(
+        "section",
+        {"id": anchor, "aria-labelledby": f"{anchor}-title"},
+        element("h2", {"id": f"{anchor}-title"}, title),
+        *children,
+    )
+
+
+def hidden(text: str) -> Element:
+    """Only for screen readers."""
+    return element("span", {"class": "hidden"}, text)
+
+
+def note(text: str) -> Element:
+    return element("p", {"class": "note"}, text)
 
 
 def render(node: Element) -> str:

@@ -9,7 +9,7 @@ import string
 import numpy as np
 
 from vq4dit_jax.files import write_text
-from vq4dit_jax.reporting import sections
+from vq4dit_jax.reporting import outcome, process
 from vq4dit_jax.reporting.markup import render
 
 
@@ -53,15 +53,15 @@ def write_report(path: str | os.PathLike, data: ReportData) -> None:
     reduced, so that it stays under about 3 MB.
     """
     body = [
-        sections.headline(data.title, data.metrics),
-        sections.pictures(data.images, data.labels),
-        sections.quality(data.metrics),
-        sections.calibration(data.metrics, data.train_log),
-        sections.ratios(data.train_log),
-        sections.size(data.metrics),
-        sections.layer_errors(data.layers),
-        sections.time(data.metrics),
-        sections.recipe(data.metrics, data.config, data.command),
+        outcome.headline(data.title, data.metrics),
+        outcome.pictures(data.images, data.labels),
+        outcome.quality(data.metrics),
+        process.calibration(data.metrics, data.train_log),
+        process.ratios(data.train_log),
+        outcome.size(data.metrics),
+        process.layer_errors(data.layers),
+        process.time(data.metrics),
+        process.recipe(data.metrics, data.config, data.command),
     ]
     template = importlib.resources.files(__package__).joinpath("template.html").read_text(encoding="utf-8")
     title = html.escape(data.title).encode("utf-8", "replace").decode("utf-8")

@@ -2,10 +2,12 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float
 
 import pallas_kernels
 from vq4dit_jax.errors import InputError
@@ -27,8 +29,9 @@ class VQArray:
       * `shape` = (O, I) is static, so slicing the stack axis keeps it.
     """
 
-    codebook: Float[Array, "*stack G K d"]
-    assignments: UInt8[Array, "*stack O bytes"]
+    # Not typed further: tree transformations put shapes, shardings or numpy arrays in the arrays' place.
+    codebook: Any
+    assignments: Any
     shape: tuple[int, int] = dataclasses.field(metadata={"static": True})
 
     @property
@@ -76,8 +79,8 @@ class VQArray:
 def from_codes(codebook: jax.Array, codes: jax.Array | np.ndarray) -> VQArray:
     """Packs codes (*stack, O, S) with codebook (*stack, G, K, d)."""
     num_codewords, length = codebook.shape[-2:]
-    packed = pack_codes(codes, pallas_kernels.code_bits(num_codewords))
-    return VQArray(codebook, packed, (codes.shape[-2], codes.shape[-1] * length))
+    packed = pack_codes(np.asarray(codes), pallas_kernels.code_bits(num_codewords))
+    return VQArray(jnp.asarray(codebook), jnp.asarray(packed), (codes.shape[-2], codes.shape[-1] * length))
 
 
 def validate(array: VQArray, name: str = "VQArray") -> None:

@@ -18,24 +18,24 @@ def lloyd(
     columns = np.ascontiguousarray(points.T, np.float64)
     power = np.square(columns).sum()
 
-    def statistics(codebook):
-        """Assignments, and of each cluster its size (K,) and its sum (K, d); mean squared error from these."""
+    def assign(codebook: Float[np.ndarray, "K d"]) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
+        """Ids (P,), size (K,) and sum (K, d) of each cluster, and the mean squared error that follows from these."""
         ids = nearest(points, codebook, 1)[:, 0]
         counts = np.bincount(ids, minlength=len(codebook))
         sums = np.stack([np.bincount(ids, column, len(codebook)) for column in columns], 1)
         wide = codebook.astype(np.float64)
         error = (power - 2 * np.vdot(wide, sums) + np.vdot(counts, np.square(wide).sum(1))) / len(points)
-        return ids, counts, sums, error
+        return ids, counts, sums, max(error, 0.0)
 
-    ids, counts, sums, error = statistics(codebook)
+    ids, counts, sums, error = assign(codebook)
     for iteration in range(1, max_iterations + 1):
         means = (sums / np.maximum(counts, 1)[:, None]).astype(np.float32)
-        empty = np.flatnonzero(counts == 0)
-        if len(empty):
+        if not counts.all():
             squared = np.square(points - codebook[ids]).sum(1)
-            farthest = np.argsort(-squared, kind="stable")[: len(empty)]
-            means[empty[: len(farthest)]] = points[farthest]
-        *found, new_error = statistics(means)
+            for empty in np.flatnonzero(counts == 0):
+                means[empty] = points[squared.argmax()]
+                squared = np.minimum(squared, np.square(points - means[empty]).sum(1))
+        *found, new_error = assign(means)
         fall, previous = error - new_error, error
         if fall > 0:
             codebook, error, (ids, counts, sums) = means, new_error, found

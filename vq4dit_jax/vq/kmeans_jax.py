@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 # Elements of a (K, T) tile. On a CPU 4 MiB stay in the caches (measured at K = 256: T = 4096 is best, 512 and 12288
 # are a third to a half slower). An accelerator wants few, large products; three arrays of 64 MiB are little there.
@@ -50,7 +50,7 @@ def nearest(
 
 @jax.jit
 def _lloyd(
-    tiles: Float[Array, "tiles T d1"], codebook: Float[Array, "K d"], max_iterations: int, tolerance: float
+    tiles: Float[Array, "tiles T d1"], codebook: Float[Array, "K d"], max_iterations: Int[Array, ""], tolerance: Num[Array, ""]
 ) -> tuple[_Clusters, Int[Array, ""]]:
     """`tiles` hold sub-vectors with a 1 appended, and rows of zeros as padding."""
 
@@ -84,18 +84,22 @@ def _assign(tiles: Float[Array, "tiles T d1"], codebook: Float[Array, "K d"]) ->
 
 
 def _means(clusters: _Clusters, tiles: Float[Array, "tiles T d1"]) -> Float[Array, "K d"]:
-    """The mean of each cluster; the j-th empty one gets the sub-vector with the j-th largest error."""
-    sums, counts = clusters.sums[:, :-1], clusters.sums[:, -1:]
-    empty = counts == 0
+    """The mean of each cluster; an empty one gets the sub-vector with the largest error that is then left."""
+    sums, counts = clusters.sums[:, :-1], clusters.sums[:, -1]
 
     def refill(means):
-        most = min(len(means), clusters.squared.size)
-        farthest = lax.top_k(clusters.squared.reshape(-1), most)[1]
-        place = jnp.minimum(jnp.cumsum(empty[:, 0]) - 1, most - 1)
-        points = tiles.reshape(-1, tiles.shape[2])[farthest[place], :-1]
-        return jnp.where(empty, points, means)
+        marked = tiles.reshape(-1, tiles.shape[2])
+        empty_first = jnp.argsort(counts > 0, stable=True)
 
-    return lax.cond(empty.any(), refill, lambda means: means, sums / jnp.maximum(counts, 1))
+        def place(j, state):
+            means, squared = state
+            farthest = marked[jnp.argmax(squared)]
+            squared = jnp.minimum(squared, jnp.square(marked - farthest[None]).sum(1))
+            return means.at[empty_first[j]].set(farthest[:-1]), squared
+
+        return lax.fori_loop(0, (counts == 0).sum(), place, (means, clusters.squared.reshape(-1)))[0]
+
+    return lax.cond((counts == 0).any(), refill, lambda means: means, sums / jnp.maximum(counts, 1)[:, None])
 
 
 @functools.partial(jax.jit, static_argnames="n")
@@ -119,7 +123,7 @@ def _distances(points: Float[Array, "T d"], codebook: Float[Array, "K d"]) -> Fl
 
 def _first_smallest(distances: Float[Array, "K T"]) -> Int[Array, " T"]:
     """argmin over K as two plain reductions, three times as fast on a CPU: XLA does not vectorise argmin."""
-    smallest: Bool[Array, "K T"] = distances <= distances.min(0, keepdims=True)
+    smallest = distances <= distances.min(0, keepdims=True)
     return jnp.where(smallest, jnp.arange(len(distances))[:, None], len(distances) - 1).min(0)
 
 

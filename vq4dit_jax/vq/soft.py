@@ -1,11 +1,12 @@
 """`SoftVQArray`: a weight as a ratio-weighted mean of its candidate codewords, the form that calibration trains."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
 
 import pallas_kernels
 from vq4dit_jax.vq.array import VQArray, from_codes
@@ -24,10 +25,10 @@ class SoftVQArray:
       * `shape` = (O, I) is static, I = S*d.
     """
 
-    codebook: Float[Array, "*stack G K d"]
-    candidates: Int[Array, "*stack n O S"]
-    logits: Float[Array, "*stack n O S"]
-    frozen: Bool[Array, "*stack O S"]
+    codebook: Any
+    candidates: Any
+    logits: Any
+    frozen: Any
     shape: tuple[int, int] = dataclasses.field(metadata={"static": True})
 
     def ratios(self) -> Float[Array, "*stack n O S"]:
