@@ -110,7 +110,8 @@ def _download(url: str, file: BinaryIO, partial: pathlib.Path, pause: float) -> 
         failures = 1 if _size(partial) > before else failures + 1
         if failures == _ATTEMPTS or (failures > 1 and before == 0):  # nothing ever came: there is no network
             raise error
-        logging.warning("%s: %s; resuming at byte %d", url, error, _size(partial))
+        if _size(partial):
+            logging.warning("%s: %s; resuming at byte %d", url, error, _size(partial))
         time.sleep(pause * 2 ** (failures - 1))
 
 

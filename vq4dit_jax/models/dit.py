@@ -79,8 +79,10 @@ class TimestepEmbedder(nn.Module):
 
     @nn.compact
     def __call__(self, t: Num[Array, " B"], dtype: Any) -> Float[Array, "B D"]:
-        exponent = np.arange(_NUM_FREQUENCIES, dtype=np.float64) / (_NUM_FREQUENCIES - self.freq_shift)
-        frequencies = np.exp(-math.log(10000) * exponent).astype(np.float32)
+        # Rounded to float32 where the reference rounds: at t = 999 an exact exponent would differ by 1e-5.
+        exponent = np.float32(-math.log(10000)) * np.arange(_NUM_FREQUENCIES, dtype=np.float32)
+        exponent = exponent / np.float32(_NUM_FREQUENCIES - self.freq_shift)
+        frequencies = np.exp(exponent.astype(np.float64)).astype(np.float32)
         angles = t.astype(jnp.float32)[:, None] * frequencies[None]
         x = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
         return TimestepMLP(self.features, name="mlp")(x.astype(dtype))
@@ -215,7 +217,7 @@ class DiT(nn.Module):
 
     def forward_with_cfg(
         self, x: Float[Array, "B H W C"], t: Num[Array, " B"], y: Int[Array, " B"], cfg_scale: Any
-    ) -> Float[Array, "B H W 2*C"]:
+    ) -> Float[Array, "B H W F"]:
         """Classifier-free guidance as in the reference: x = [z, z], y = [labels, null]; only the first half of x is read.
 
         The guided noise prediction stands in both halves of the output, the rest is each half's own. Of C = 4
@@ -234,9 +236,7 @@ class DiT(nn.Module):
         return x.transpose(0, 1, 3, 2, 4, 5).reshape(-1, grid * p, grid * p, self.out_channels)
 
 
-def guide(
-    output: Float[Array, "B H W 2*C"], cfg_scale: Any, in_channels: int
-) -> Float[Array, "B H W 2*C"]:
+def guide(output: Float[Array, "B H W F"], cfg_scale: Any, in_channels: int) -> Float[Array, "B H W F"]:
     """eps_null + s (eps_label - eps_null) for an output whose first half has the labels and second half the null."""
     guided_channels = 3 if in_channels == 4 else in_channels
     eps, rest = output[..., :guided_channels], output[..., guided_channels:]
