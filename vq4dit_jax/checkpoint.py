@@ -28,7 +28,7 @@ _PART = "part_"
 
 def _fields(model: DiT) -> dict[str, Any]:
     """The module's own fields, JSON-ready."""
-    skip = {"parent", "name"}
+    skip = {"parent", "name", "remat"}  # remat is no property of the model
     values = {f.name: getattr(model, f.name) for f in dataclasses.fields(model) if f.name not in skip}
     return {**values, "dtype": jnp.dtype(model.dtype).name}
 

@@ -53,6 +53,41 @@ def default() -> ml_collections.ConfigDict:
     return c
 
 
+def cifar10() -> ml_collections.ConfigDict:
+    """The built-in demo model and its evaluation."""
+    c = default()
+    c.model.checkpoint = "asset:dit_cifar10.safetensors"
+    c.quantize.codebook_dtype = "float16"  # on so small a model float32 codebooks would cost 0.35 bits a weight
+    c.quantize.other_dtype = "float16"
+    c.calibration.batch = 8
+    c.calibration.steps = 300
+    c.sample.num_images = 400
+    c.sample.steps = 25
+    c.evaluation.classifier = "cifar10_resnet56"
+    c.evaluation.reference = "asset:cifar10_reference.npz"
+    c.evaluation.class_names = (
+        "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"
+    )  # fmt: skip
+    return c
+
+
+def xl2(image_size: int, bits: float) -> ml_collections.ConfigDict:
+    """The published DiT-XL/2 with the batch, steps and guidance of the paper."""
+    c = default()
+    c.model.variant = "DiT-XL/2"
+    c.model.checkpoint = f"official:DiT-XL-2-{image_size}x{image_size}.pt"
+    c.model.input_size = image_size // 8
+    c.quantize.bits = bits
+    c.calibration.batch = 16
+    c.calibration.steps = 500
+    c.calibration.save_every = 100
+    c.calibration.remat = True
+    c.sample.num_images = 1000
+    c.sample.batch = 50
+    c.sample.steps = 50
+    return c
+
+
 def recipe(config: ml_collections.ConfigDict) -> Recipe:
     fields = {f.name for f in dataclasses.fields(Recipe)}
     return Recipe(**{k: v for k, v in config.calibration.items() if k in fields})

@@ -87,7 +87,7 @@ def batch_mesh() -> Mesh:
 def sample(
     model: DiT,
     params: Any,
-    labels: Int[Array, " B"],
+    labels: Int[Array, " B"] | Int[np.ndarray, " B"],
     *,
     key: jax.Array,
     num_steps: int = 250,

@@ -41,11 +41,11 @@ class Trainable(NamedTuple):
 class State:
     """All that changes from step to step; what resumes a run, with the trajectory beside it."""
 
-    trainable: Trainable
-    frozen: dict[str, Bool[Array, "*stack O S"]]
+    trainable: Any  # Trainable
+    frozen: Any  # path -> bool (*stack, O, S)
     optimizer: Any
-    regularizer_floor: Float[Array, ""]
-    step: Int[Array, ""]
+    regularizer_floor: Any  # float32 (); minimum of the released regularizer in this trajectory
+    step: Any  # int32 ()
 
 
 def _is_soft(node: Any) -> bool:
@@ -72,9 +72,17 @@ def _unflatten(flat: dict[str, Any]) -> dict[str, Any]:
 
 
 def _optimizer(recipe: Recipe) -> optax.GradientTransformation:
+    """RMSprop as in torch, which the paper's rates were chosen with: epsilon is added to the root, not under it. (Under
+    the root it would swallow gradients of single ratios, some 1e-6 and less.)"""
+
+    def cosine(count: Int[Array, ""]) -> Float[Array, ""]:
+        return 0.5 * (1 + jnp.cos(jnp.pi * count.astype(jnp.float32) / recipe.steps))
+
     def rmsprop(rate: float, schedule: str) -> optax.GradientTransformation:
-        rate = optax.cosine_decay_schedule(rate, recipe.steps) if schedule == "cosine" else rate
-        return optax.rmsprop(rate, decay=recipe.decay, momentum=recipe.momentum or None)
+        scaled = (lambda count: rate * cosine(count)) if schedule == "cosine" else rate
+        return optax.rmsprop(
+            scaled, decay=recipe.decay, eps=recipe.epsilon, eps_in_sqrt=False, momentum=recipe.momentum or None
+        )
 
     return optax.multi_transform(
         {
@@ -142,9 +150,9 @@ def update(recipe: Recipe, model: DiT, state: State, student: Any, batch: Batch,
 
     def loss_fn(trainable: Trainable) -> tuple[Array, tuple]:
         params = _merge(student, trainable, state.frozen)
-        output, blocks = model.apply({"params": params}, batch.x, batch.t, batch.y, return_blocks=True)
+        output, blocks = model.clone(remat=recipe.remat).apply({"params": params}, batch.x, batch.t, batch.y, return_blocks=True)
         l_d = losses.block_distance(blocks, batch.blocks)
-        l_o = jnp.square(output - batch.output).mean()
+        l_o = losses.noise_distance(output, batch.output, model.in_channels)
         leaves = [leaf for leaf in _flatten(params).values() if _is_soft(leaf)]
         if recipe.regularizer == "paper":
             l_r, weight = losses.paper_regularizer(leaves), 1.0

@@ -26,9 +26,9 @@ class Recipe:
       regularizer: "paper" sum_n (1 - |2r - 1|) averaged over sub-vectors (eq 9), or "released" n * mean r(1 - r) over
         those not yet frozen, averaged over layers, and only on steps where it is above its minimum of that trajectory.
       lambda_d, lambda_r: weights of L_d and L_r (eq 10).
-      lambda_o: weight of the mean squared difference of the network outputs (ours; 0 in the paper).
+      lambda_o: weight of the relative squared error of the noise prediction, L_o (ours; 0 in the paper).
       learning_rate_ratios, learning_rate_codebooks, learning_rate_biases: of RMSprop.
-      decay, momentum: of RMSprop.
+      decay, momentum, epsilon: of RMSprop.
       schedule: "constant", or "cosine" to 0 at the last step, for codebooks and biases.
       freeze_threshold: a sub-vector whose largest ratio passes it is frozen to that candidate.
       freeze_from, freeze_by: fractions of the run between which the threshold falls to 1/n, so that from
@@ -36,6 +36,8 @@ class Recipe:
         that is saved. Both 1 for a constant threshold.
       codebook_training: "together" from the first step (paper), or "after_freezing": a layer's codebooks only once 99 %
         of its sub-vectors are frozen (released code).
+      remat: recompute each block in the backward pass instead of keeping what is inside it: a third more time, and
+        memory for one block instead of all.
     """
 
     steps: int = 500
@@ -53,11 +55,13 @@ class Recipe:
     learning_rate_biases: float = 1e-4
     decay: float = 0.9
     momentum: float = 0.0
+    epsilon: float = 1e-8
     schedule: str = "constant"
     freeze_threshold: float = 0.99
     freeze_from: float = 1.0
     freeze_by: float = 1.0
     codebook_training: str = "together"
+    remat: bool = False
 
     def __post_init__(self):
         for name, allowed in _CHOICES.items():

@@ -18,23 +18,23 @@ _LABELS, _START, _NOISE = 0, 1, 2
 class Trajectory:
     """Where the teacher stands: images x_t, their classes, the index i into the schedule, and how many came before."""
 
-    x: Float[Array, "B H W C"]
-    labels: Int[Array, " B"]
-    i: Int[Array, ""]
-    number: Int[Array, ""]
-    key_data: Array
+    x: Any  # float32 (B, H, W, C)
+    labels: Any  # int32 (B,)
+    i: Any  # int32 ()
+    number: Any  # int32 ()
+    key_data: Any  # uint32 (2,), of `jax.random.key_data`
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """What the student is shown, and what the teacher made of it. Rows: B with labels, then B with the null label."""
+    """What the student is shown, and what the teacher made of it. R = 2B rows: B with labels, then B with the null label."""
 
-    x: Float[Array, "2B H W C"]
-    t: Int[Array, " 2B"]
-    y: Int[Array, " 2B"]
-    output: Float[Array, "2B H W _"]
-    blocks: Float[Array, "L 2B T D"]
+    x: Float[Array, "R H W C"]
+    t: Int[Array, " R"]
+    y: Int[Array, " R"]
+    output: Float[Array, "R H W _"]
+    blocks: Float[Array, "L R T D"]
 
 
 def begin(model: DiT, sched: diffusion.Schedule, key_data: Array, number: Int[Array, ""], batch: int) -> Trajectory:

@@ -164,7 +164,8 @@ class DiT(nn.Module):
     """The network: x (B, H, W, C), t (B,), y (B,) -> (B, H, W, 2C), noise prediction and variance interpolation.
 
     With learn_sigma=False the output is (B, H, W, C). `dtype` is that of the computation; parameters may be stored
-    in any. `freq_shift` and `norm2_eps` differ in checkpoints made for diffusers' own module.
+    in any. `freq_shift` and `norm2_eps` differ in checkpoints made for diffusers' own module. `remat` recomputes
+    each block in a backward pass.
     """
 
     input_size: int = 32
@@ -179,6 +180,7 @@ class DiT(nn.Module):
     freq_shift: int = 0
     norm2_eps: float = _NORM_EPS
     dtype: Any = jnp.float32
+    remat: bool = False
 
     @property
     def out_channels(self) -> int:
@@ -201,10 +203,12 @@ class DiT(nn.Module):
         c = c + LabelEmbedder(self.num_classes, self.hidden_size, name="y_embedder")(y, self.dtype)
 
         block = DiTBlock(self.num_heads, self.mlp_ratio, self.norm2_eps, parent=None)
+        apply = lambda p, tokens: block.apply({"params": p}, tokens, c)  # noqa: E731
+        apply = jax.checkpoint(apply) if self.remat else apply
         outputs = []
         for run in split_runs(leaf(self, "blocks", self._init_blocks, block)):
             tokens, out = jax.lax.scan(
-                lambda tokens, p: (out := block.apply({"params": p}, tokens, c), out if return_blocks else None),
+                lambda tokens, p: (out := apply(p, tokens), out if return_blocks else None),
                 tokens,
                 run,
             )

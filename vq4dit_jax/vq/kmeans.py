@@ -7,8 +7,8 @@
   empty       a codeword that no sub-vector uses moves to the sub-vector with the largest error, the next such
               codeword to the largest that is then left: each was nobody's nearest, so the error cannot rise
 
-Two backends run the same iteration from the same seeds: `kmeans_jax` (any device) and `kmeans_faiss` (CPU, twenty
-times faster there).
+Two backends run the same iteration from the same seeds: `kmeans_jax` (any device) and `kmeans_faiss` (CPU, with a
+sixth of the other's CPU time there).
 """
 
 import functools
@@ -21,13 +21,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from vq4dit_jax.errors import InputError, MissingExtraError
+from vq4dit_jax.errors import InputError
 from vq4dit_jax.vq import kmeans_faiss, kmeans_jax
 
 MAX_CODEWORDS = 1 << 16
 # Seeds are drawn from a random subsample of this many sub-vectors a codeword. D^2 sampling needs only the density
-# of the sub-vectors; with 64 a codeword the error after Lloyd equals that of seeding on all of them (within the
-# spread over keys, 0.2 %), and seeding costs less than two Lloyd iterations of a large layer.
+# of the sub-vectors: with 64 a codeword the error after Lloyd is that of seeding on all of them (P = 110592, d = 4,
+# K = 256: 0.3811 and 0.3810, with a standard deviation of 0.0007 over keys), at the cost of one Lloyd iteration.
 _SEEDING_SAMPLES = 64
 # ... but at most this many in all, and never fewer than 4 a codeword: K = 65536 stays a matter of a minute.
 _MAX_SEEDING_SAMPLES = 1 << 18
@@ -62,8 +62,8 @@ def kmeans(
 ) -> KMeans:
     """Clusters each of N sets of sub-vectors (N, P, d) into `num_codewords` codewords.
 
-    Problem i draws from fold_in(key, i) and is solved by itself, so memory does not grow with N, and the first i
-    problems of any batch give the same bits as that batch cut off after them. The same key gives the same bits.
+    Problem i draws from fold_in(key, i) and is solved by itself: what else is in the batch changes no bit of it, and
+    neither does the number of threads. The same key gives the same bits.
 
     max_iterations: at least 1. tolerance: smallest relative fall of the error worth another iteration; 0 runs on
       while the error falls at all.
@@ -89,7 +89,7 @@ def kmeans(
         error = np.square(points - codebook[ids]).mean(dtype=np.float64) * points.shape[1]
         return codebook, ids.astype(np.int32), np.float32(error), np.int32(iterations)
 
-    return KMeans(*map(np.stack, zip(*(solve(i, points) for i, points in enumerate(subvectors)), strict=True)))
+    return KMeans(*map(np.stack, zip(*solver.each(solve, subvectors), strict=True)))
 
 
 def nearest_codewords(
@@ -100,7 +100,7 @@ def nearest_codewords(
     Nearest first, equals in the order of their ids. Which n is decided on |c|^2 - 2 x.c in float32, to its rounding;
     the distances and their order then on x - c. Raises InputError as `kmeans` does, and for n outside 1..K.
 
-    backend: as in `kmeans`, but "auto" is "jax" for n > 1, where faiss has no fast kernel (measured: 3 times slower).
+    backend: as in `kmeans`, but "auto" is "jax" for n > 1, where faiss is slower (3 times at K = 256).
     """
     solver = _solver("jax" if backend == "auto" and n > 1 else backend)
     subvectors = _checked("subvectors", subvectors, ("P", "d"))
@@ -201,7 +201,8 @@ def _checked(name: str, values: jax.typing.ArrayLike, axes: tuple[str, ...]) -> 
         where = np.unravel_index(np.argmin(np.abs(values) < _LARGEST), values.shape)
         place = ", ".join(map(str, where))
         raise InputError(
-            f"{name}[{place}] is {values[where]}: wanted finite numbers below {_LARGEST:g} in magnitude; mend the weights"
+            f"{name}[{place}] is {values[where]}: wanted finite numbers below {_LARGEST:g} in magnitude;"
+            " mend the weights it comes from"
         )
     return values
 
@@ -211,7 +212,7 @@ def _solver(backend: str) -> ModuleType:
     if backend == "auto":
         backend = "faiss" if installed and jax.default_backend() == "cpu" else "jax"
     if backend == "faiss" and not installed:
-        raise MissingExtraError("faiss-cpu", "cpu", "k-means with backend='faiss'")
+        raise InputError("backend='faiss': faiss is not installed; `pip install faiss-cpu`, or take backend='jax'")
     solvers = {"faiss": kmeans_faiss, "jax": kmeans_jax}
     if backend not in solvers:
         raise InputError(f"backend={backend!r}: wanted 'auto', 'jax' or 'faiss'")

@@ -6,7 +6,8 @@ addresses. The float32 error of a sum of tiles is that of a blocked sum.
 """
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +15,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, Num
 
-# Elements of a (K, T) tile. On a CPU 4 MiB stay in the caches (measured at K = 256: T = 4096 is best, 512 and 12288
-# are a third to a half slower). An accelerator wants few, large products; three arrays of 64 MiB are little there.
+# Elements of a (K, T) tile. On a CPU 4 MiB stay in the caches (measured at K = 256: T = 4096 is best, 512 a third
+# slower, 12288 twice as slow). An accelerator wants few, large products, and a few arrays of 64 MiB are little there.
 _TILE_ELEMENTS = {"cpu": 1 << 20}
 _TILE_ELEMENTS_ACCELERATOR = 1 << 24
 
@@ -30,6 +31,11 @@ class _Clusters(NamedTuple):
     error: Float[Array, ""]
 
 
+def each(solve: Callable[[int, Any], Any], problems: Iterable[Any]) -> list[Any]:
+    """[solve(i, problem i), ...], one after the other: one compiled program, the memory of one problem."""
+    return [solve(i, problem) for i, problem in enumerate(problems)]
+
+
 def lloyd(
     points: Float[np.ndarray, "P d"], codebook: Float[np.ndarray, "K d"], max_iterations: int, tolerance: float
 ) -> tuple[Float[np.ndarray, "K d"], Int[np.ndarray, " P"], int]:
@@ -40,9 +46,7 @@ def lloyd(
     return np.asarray(final.codebook), np.asarray(final.ids).reshape(-1)[: len(points)], int(iterations)
 
 
-def nearest(
-    points: Float[np.ndarray, "P d"], codebook: Float[np.ndarray, "K d"], n: int
-) -> Int[np.ndarray, "P n"]:
+def nearest(points: Float[np.ndarray, "P d"], codebook: Float[np.ndarray, "K d"], n: int) -> Int[np.ndarray, "P n"]:
     """Ids of the n nearest codewords, nearest first."""
     ids = _nearest(_tiles(points, len(codebook)), codebook, n)
     return np.asarray(ids).reshape(-1, n)[: len(points)]
@@ -50,7 +54,10 @@ def nearest(
 
 @jax.jit
 def _lloyd(
-    tiles: Float[Array, "tiles T d1"], codebook: Float[Array, "K d"], max_iterations: Int[Array, ""], tolerance: Num[Array, ""]
+    tiles: Float[Array, "tiles T d1"],
+    codebook: Float[Array, "K d"],
+    max_iterations: Int[Array, ""],
+    tolerance: Num[Array, ""],
 ) -> tuple[_Clusters, Int[Array, ""]]:
     """`tiles` hold sub-vectors with a 1 appended, and rows of zeros as padding."""
 
@@ -84,22 +91,28 @@ def _assign(tiles: Float[Array, "tiles T d1"], codebook: Float[Array, "K d"]) ->
 
 
 def _means(clusters: _Clusters, tiles: Float[Array, "tiles T d1"]) -> Float[Array, "K d"]:
-    """The mean of each cluster; an empty one gets the sub-vector with the largest error that is then left."""
+    """The mean of each cluster; an empty one gets the sub-vector with the largest error that is then left, if any."""
     sums, counts = clusters.sums[:, :-1], clusters.sums[:, -1]
+    used = counts > 0
 
     def refill(means):
         marked = tiles.reshape(-1, tiles.shape[2])
-        empty_first = jnp.argsort(counts > 0, stable=True)
+        empty_first = jnp.argsort(used, stable=True)
 
-        def place(j, state):
-            means, squared = state
+        def some_left(state):
+            j, _, squared = state
+            return (j < (~used).sum()) & (squared.max() > 0)
+
+        def place(state):
+            j, means, squared = state
             farthest = marked[jnp.argmax(squared)]
             squared = jnp.minimum(squared, jnp.square(marked - farthest[None]).sum(1))
-            return means.at[empty_first[j]].set(farthest[:-1]), squared
+            return j + 1, means.at[empty_first[j]].set(farthest[:-1]), squared
 
-        return lax.fori_loop(0, (counts == 0).sum(), place, (means, clusters.squared.reshape(-1)))[0]
+        return lax.while_loop(some_left, place, (0, means, clusters.squared.reshape(-1)))[1]
 
-    return lax.cond((counts == 0).any(), refill, lambda means: means, sums / jnp.maximum(counts, 1)[:, None])
+    means = jnp.where(used[:, None], sums / jnp.maximum(counts, 1)[:, None], clusters.codebook)
+    return lax.cond(used.all(), lambda means: means, refill, means)
 
 
 @functools.partial(jax.jit, static_argnames="n")

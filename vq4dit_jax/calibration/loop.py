@@ -63,7 +63,8 @@ def run(
     student = make_student(recipe, teacher, kmeans)
     state = calibrate.init(recipe, student)
     where = trajectory.begin(model, sched, jax.random.key_data(key), jnp.int32(0), recipe.batch)
-    done, (state, where) = _resume(folder, (state, where))
+    # The step gives its state away, so the state may share no buffer with the student.
+    done, (state, where) = _resume(folder, jax.tree.map(jnp.copy, (state, where)))
     _truncate_log(log_file, done)
 
     def step(state, where, student, teacher):
