@@ -113,7 +113,9 @@ def test_the_block_distance_is_the_mean_of_the_blocks_distances(quantized):
 
 def test_update_is_rmsprop_with_the_rates_of_the_recipe(quantized):
     """One step from nu = 0 moves by rate / sqrt(1 - decay) against the sign of the gradient, wherever it is not 0."""
-    recipe = dataclasses.replace(RECIPE, learning_rate_ratios=0.05, learning_rate_codebooks=1e-3, learning_rate_biases=2e-3)
+    recipe = dataclasses.replace(
+        RECIPE, learning_rate_ratios=0.05, learning_rate_codebooks=1e-3, learning_rate_biases=2e-3
+    )
     _, before, after, _ = _one_update(quantized, recipe)
     for name, rate in (("logits", 0.05), ("codebooks", 1e-3), ("biases", 2e-3)):
         for path, old in getattr(before.trainable, name).items():
@@ -199,7 +201,9 @@ def test_finalize_takes_the_largest_ratio(quantized):
     student, _, after, _ = _one_update(quantized, RECIPE)
     hard = calibration.finalize(student, after, jnp.float16)
     soft = _leaves(calibration.merge(student, after))
-    packed = [leaf for leaf in jax.tree.leaves(hard, is_leaf=lambda n: isinstance(n, VQArray)) if isinstance(leaf, VQArray)]
+    packed = [
+        leaf for leaf in jax.tree.leaves(hard, is_leaf=lambda n: isinstance(n, VQArray)) if isinstance(leaf, VQArray)
+    ]
     for leaf, found in zip(soft, packed, strict=True):
         best = np.asarray(leaf.logits).argmax(-3)
         wanted = np.take_along_axis(np.asarray(leaf.candidates), best[..., None, :, :], -3)[..., 0, :, :]
@@ -281,7 +285,8 @@ def test_a_log_line_cut_short_is_written_again(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("ratio_start", "random"), ("regularizer", "l2"), ("steps", 0), ("num_candidates", 0), ("schedule", "x")]
+    ("field", "value"),
+    [("ratio_start", "random"), ("regularizer", "l2"), ("steps", 0), ("num_candidates", 0), ("schedule", "x")],
 )
 def test_a_recipe_refuses_what_it_does_not_know(field, value):
     with pytest.raises(InputError, match=f"calibration.{field}"):

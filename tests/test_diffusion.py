@@ -46,9 +46,7 @@ def test_ddpm_agrees_with_diffusers_over_a_whole_trajectory(monkeypatch):
     ddpm = pytest.importorskip("diffusers.schedulers.scheduling_ddpm")
     steps = 10
     sched = diffusion.make_schedule(steps)
-    scheduler = ddpm.DDPMScheduler(
-        beta_start=1e-4, beta_end=0.02, variance_type="learned_range", clip_sample=False
-    )
+    scheduler = ddpm.DDPMScheduler(beta_start=1e-4, beta_end=0.02, variance_type="learned_range", clip_sample=False)
     scheduler.set_timesteps(timesteps=list(map(int, np.asarray(sched.timesteps)[::-1])))
     x, outputs, noises = _trajectory(0, steps)
     ours, theirs = jnp.asarray(x), torch.tensor(x.transpose(0, 3, 1, 2))

@@ -50,7 +50,19 @@ def wheel(tmp_path_factory) -> pathlib.Path:
 @pytest.fixture(scope="module")
 def installed(wheel, tmp_path_factory) -> pathlib.Path:
     target = tmp_path_factory.mktemp("installed")
-    run(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", target, wheel, cwd=target)
+    run(
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--no-index",
+        "--target",
+        target,
+        wheel,
+        cwd=target,
+    )
     return target
 
 
@@ -110,7 +122,9 @@ def test_pallas_of_the_package_index_is_not_required(requirements):
 
 def test_constraints_pin_every_requirement(requirements):
     with_torch = set.union(*(names for extra, names in requirements.items() if extra != "cuda13"))
-    without = set.union(*(names for extra, names in requirements.items() if extra not in ("cuda13", "convert", "reference")))
+    without = set.union(
+        *(names for extra, names in requirements.items() if extra not in ("cuda13", "convert", "reference"))
+    )
     for version, wanted in (("311", with_torch), ("312", without)):
         lines = (ROOT / f"constraints/py{version}.txt").read_text().splitlines()
         assert lines[0].startswith("# Made by: make lock ")

@@ -271,7 +271,7 @@ def test_a_workdir_with_somebody_elses_files(capsys, tmp_path):
 
 def test_a_full_disk_is_one_line_and_leaves_no_half_written_file(tmp_path):
     """Files may not grow past a limit that the k-means result does not fit in."""
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))  # noqa: E731
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
     done = _run(CONFIG, f"--workdir={tmp_path / 'w'}", *SMALL, preexec_fn=limit)
     assert done.returncode == 2, done.stderr
     assert "disk is full" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr

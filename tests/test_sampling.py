@@ -40,7 +40,7 @@ def test_one_device_gives_what_two_give(monkeypatch):
 
 
 def test_images_differ_from_each_other_and_between_keys():
-    images = _sample(np.zeros(4, int))
+    images = _sample(np.zeros(4, np.int64))
     assert min(np.abs(images[i] - images[j]).mean() for i in range(4) for j in range(i)) > 1e-3
     model, params = tiny()
     other = sampling.sample(model, params, np.zeros(4, int), key=jax.random.key(8), num_steps=4)
@@ -94,4 +94,6 @@ def test_what_cannot_be_sampled_is_refused(labels, options, words):
 
 
 def test_pixels_are_rounded_as_the_reference_rounds():
-    np.testing.assert_array_equal(sampling.to_uint8(np.asarray([-2.0, -1.0, 0.0, 0.999, 1.0, 3.0])), [0, 0, 128, 255, 255, 255])
+    np.testing.assert_array_equal(
+        sampling.to_uint8(np.asarray([-2.0, -1.0, 0.0, 0.999, 1.0, 3.0])), [0, 0, 128, 255, 255, 255]
+    )

@@ -120,7 +120,7 @@ def test_blocks_of_different_bits_split_the_scan_and_change_nothing_else():
     np.testing.assert_array_equal(
         np.asarray(dense["blocks"]["mlp"]["fc1"]["kernel"][2]), np.asarray(params["blocks"]["mlp"]["fc1"]["kernel"][2])
     )
-    apply = lambda p: model.apply({"params": p}, *inputs(model), return_blocks=True)  # noqa: E731
+    apply = lambda p: model.apply({"params": p}, *inputs(model), return_blocks=True)
     for found, wanted in zip(jax.jit(apply)(packed), jax.jit(apply)(dense), strict=True):
         np.testing.assert_allclose(np.asarray(found), np.asarray(wanted), atol=2e-6 * float(jnp.abs(wanted).max()))
 
@@ -183,7 +183,7 @@ def test_abstract_quantization_has_the_shapes_of_the_real_one():
     abstract = quantization.abstract_quantized(params, rules)
     real = quantize(params, key=jax.random.key(0), rules=rules)
     assert jax.tree.structure(abstract) == jax.tree.structure(real)
-    shape = lambda a: (a.shape, jnp.dtype(a.dtype))  # noqa: E731
+    shape = lambda a: (a.shape, jnp.dtype(a.dtype))
     assert jax.tree.map(shape, abstract) == jax.tree.map(shape, real)
 
 
@@ -223,7 +223,9 @@ def test_soft_weights_are_the_ratio_weighted_codewords(num_candidates):
     _, hard, soft = _soft(num_candidates, "distance")
     layer = jax.tree.map(lambda a: a[1], soft)
     codebook, candidates, ratios = map(np.asarray, (layer.codebook, layer.candidates, layer.ratios()))
-    wanted = sum(ratios[n][..., None] * _decode(codebook, candidates[n]).reshape(12, 4, 4) for n in range(num_candidates))
+    wanted = sum(
+        ratios[n][..., None] * _decode(codebook, candidates[n]).reshape(12, 4, 4) for n in range(num_candidates)
+    )
     np.testing.assert_allclose(np.asarray(layer.decode()), wanted.reshape(12, 16), atol=1e-6)
 
 

@@ -82,13 +82,17 @@ def _rebuild(arrays: dict[str, Any], manifest: dict[str, Any], source: str) -> t
     if manifest.get("format") != FORMAT:
         raise InputError(f"{source} is no vq4dit-jax model (its manifest says format={manifest.get('format')!r})")
     if manifest["version"] > VERSION:
-        raise InputError(f"{source} has manifest version {manifest['version']}; this vq4dit-jax reads {VERSION}; update it")
+        raise InputError(
+            f"{source} has manifest version {manifest['version']}; this vq4dit-jax reads {VERSION}; update it"
+        )
     arrays = dict(arrays)
     for name, facts in manifest["quantized"].items():
         try:
             codebook, codes = arrays.pop(f"{name}/codebook"), arrays.pop(f"{name}/assignments")
         except KeyError as missing:
-            raise InputError(f"{source}: array {missing} is in the manifest and not in the file; it is damaged") from None
+            raise InputError(
+                f"{source}: array {missing} is in the manifest and not in the file; it is damaged"
+            ) from None
         leaf = VQArray(codebook, codes, tuple(facts["shape"]))
         validate(leaf, f"{source}: {name}")
         arrays[name] = leaf
@@ -142,7 +146,7 @@ def load_safetensors(file: str | os.PathLike) -> tuple[DiT, dict[str, Any], dict
     try:
         with safe_open(file, framework="numpy") as opened:
             metadata = opened.metadata() or {}
-            arrays = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
+            arrays = {name: opened.get_tensor(name) for name in opened.keys()}
     except SafetensorError as error:
         raise InputError(f"{file} is no readable safetensors file ({error}); it is truncated or damaged") from None
     if "manifest" not in metadata:
@@ -182,7 +186,9 @@ def load_tree(path: str | os.PathLike) -> tuple[Any, dict[str, Any]]:
 
 
 def _names(tree: Any) -> list[str]:
-    return [jax.tree_util.keystr(p, simple=True, separator="/") for p, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
+    return [
+        jax.tree_util.keystr(p, simple=True, separator="/") for p, _ in jax.tree_util.tree_flatten_with_path(tree)[0]
+    ]
 
 
 def save_state(path: str | os.PathLike, state: Any, metadata: dict[str, Any]) -> None:
@@ -200,6 +206,8 @@ def load_state(path: str | os.PathLike, like: Any) -> tuple[Any, dict[str, Any]]
         found = flat.get(name)
         if found is None or found.shape != wanted.shape or found.dtype != wanted.dtype:
             what = "nothing" if found is None else f"{found.dtype}{found.shape}"
-            raise InputError(f"{path}: {name} is {what}; wanted {wanted.dtype}{wanted.shape}; remove the folder to start anew")
+            raise InputError(
+                f"{path}: {name} is {what}; wanted {wanted.dtype}{wanted.shape}; remove the folder to start anew"
+            )
         leaves.append(jnp.asarray(found))
     return jax.tree.unflatten(jax.tree.structure(like), leaves), metadata

@@ -21,7 +21,9 @@ def default() -> ml_collections.ConfigDict:
 
     c.model = ml_collections.ConfigDict()
     c.model.variant = ""  # "DiT-XL/2" and so on; "" where shapes tell all
-    c.model.checkpoint = ""  # a file or folder, "asset:NAME" (shipped), or "official:NAME" (cache folder, else download)
+    c.model.checkpoint = (
+        ""  # a file or folder, "asset:NAME" (shipped), or "official:NAME" (cache folder, else download)
+    )
     c.model.num_heads = 0  # 0: from the variant or the checkpoint
     c.model.num_classes = 0  # 0: from the checkpoint
     c.model.random_init = False  # random weights of the variant, for timing

@@ -69,7 +69,7 @@ def make_schedule(num_steps: int = 250, beta_start: float = 1e-4, beta_end: floa
     variance = beta * (1 - previous) / (1 - alpha_bar)
     # The last step's posterior variance is 0; its logarithm is clipped to its neighbour's.
     clipped = np.append(variance[1], variance[1:]) if num_steps > 1 else beta
-    as_f32 = lambda a: jnp.asarray(a, jnp.float32)  # noqa: E731
+    as_f32 = lambda a: jnp.asarray(a, jnp.float32)
     return Schedule(
         timesteps=jnp.asarray(timesteps),
         sqrt_alpha_bar=as_f32(np.sqrt(alpha_bar)),

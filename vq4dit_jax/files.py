@@ -65,7 +65,9 @@ def _bundled(kind: str, name: str) -> pathlib.Path:
     for folder in (_PACKAGE.parent / kind, _PACKAGE / f"_{kind}"):
         if (folder / name).exists():
             return folder / name
-    raise InputError(f"{kind}/{name} does not ship with this installation of vq4dit-jax; reinstall it from the repository")
+    raise InputError(
+        f"{kind}/{name} does not ship with this installation of vq4dit-jax; reinstall it from the repository"
+    )
 
 
 def asset(name: str) -> pathlib.Path:

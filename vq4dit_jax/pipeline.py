@@ -16,7 +16,17 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from vq4dit_jax import __version__, calibration, checkpoint, evaluation, files, latents, quantization, reporting, sampling
+from vq4dit_jax import (
+    __version__,
+    calibration,
+    checkpoint,
+    evaluation,
+    files,
+    latents,
+    quantization,
+    reporting,
+    sampling,
+)
 from vq4dit_jax import config as configs
 from vq4dit_jax.calibration import held_out_agreement
 from vq4dit_jax.models import DiT, variant
@@ -300,9 +310,7 @@ def load_teacher(c: Any, key: jax.Array) -> tuple[DiT, Any]:
     path = files.resolve(c.checkpoint)
     if c.checkpoint.startswith("official:"):
         path = official_checkpoint(c.checkpoint.removeprefix("official:"))
-    return load_pretrained(
-        path, c.variant or None, num_heads=c.num_heads or None, num_classes=c.num_classes or None
-    )
+    return load_pretrained(path, c.variant or None, num_heads=c.num_heads or None, num_classes=c.num_classes or None)
 
 
 def _cast_kept(params: Any, dtype: str) -> Any:

@@ -100,7 +100,9 @@ def plan(params: Params, rules: Sequence[Rule], stacked: Sequence[str] = ("block
 
 def _fit(path: str, spec: VQSpec, shape: tuple[int, ...]) -> VQSpec:
     if len(shape) != 2:
-        raise InputError(f"parameter {path} has shape {shape}; only kernels (I, O) can be quantized, let a rule keep it")
+        raise InputError(
+            f"parameter {path} has shape {shape}; only kernels (I, O) can be quantized, let a rule keep it"
+        )
     columns, rows = shape
     if columns % spec.subvector or rows % spec.groups:
         raise InputError(
@@ -123,8 +125,8 @@ def quantize(
 ) -> dict[str, Any]:
     """k-means only (step 1 of the method): the same tree with `VQArray` leaves where rules say so.
 
-    A leaf whose blocks differ in their spec becomes a tuple of leaves over consecutive blocks. Assignments are the
-    nearest codewords after rounding the codebook to `codebook_dtype`. `on_leaf` is called after each quantized leaf.
+    A leaf whose blocks differ in their spec becomes a tuple of leaves over consecutive blocks. `on_leaf` is called
+    after each quantized leaf.
 
     Raises InputError where a path has no rule, a shape does not fit or a weight is not finite.
     """
@@ -182,7 +184,9 @@ def random_params(shapes: Any, key: jax.Array, scale: float = 0.02) -> Any:
     """Normal(0, scale^2) leaves of the given shapes: no trained model, but one whose timing and sizes are real."""
     leaves, treedef = jax.tree.flatten(shapes)
     keys = jax.random.split(key, len(leaves))
-    return treedef.unflatten([scale * jax.random.normal(k, s.shape, s.dtype) for k, s in zip(keys, leaves, strict=True)])
+    return treedef.unflatten(
+        [scale * jax.random.normal(k, s.shape, s.dtype) for k, s in zip(keys, leaves, strict=True)]
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,7 +209,7 @@ def sizes(params: Any) -> Sizes:
     leaves = jax.tree.leaves(params, is_leaf=lambda node: isinstance(node, VQArray))
     packed = [leaf for leaf in leaves if isinstance(leaf, VQArray)]
     other = [leaf for leaf in leaves if not isinstance(leaf, VQArray)]
-    size = lambda a: math.prod(a.shape)  # noqa: E731
+    size = lambda a: math.prod(a.shape)
     quantized = sum(leaf.num_weights for leaf in packed)
     return Sizes(
         parameters=quantized + sum(map(size, other)),

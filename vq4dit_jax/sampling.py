@@ -107,7 +107,7 @@ def sample(
     labels = np.asarray(labels)
     if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
         raise InputError(f"labels have shape {labels.shape} and dtype {labels.dtype}; wanted integers (B,)")
-    if labels.size and not (0 <= labels.min() and labels.max() <= model.num_classes):
+    if labels.size and not (labels.min() >= 0 and labels.max() <= model.num_classes):
         raise InputError(f"labels lie in {labels.min()}..{labels.max()}; wanted 0..{model.num_classes}")
     sched = diffusion.make_schedule(num_steps)
     mesh = batch_mesh()

@@ -45,7 +45,9 @@ class Workdir:
                 shown = ", ".join(differing[:3]) + (", ..." if len(differing) > 3 else "")
                 raise InputError(f"--workdir={self.root} belongs to another config: {shown}; choose another folder")
         elif self.root.exists() and any(p.name != ".lock" for p in self.root.iterdir()):
-            raise InputError(f"--workdir={self.root} holds files but no config.json of ours; choose an empty or new folder")
+            raise InputError(
+                f"--workdir={self.root} holds files but no config.json of ours; choose an empty or new folder"
+            )
         self.root.mkdir(parents=True, exist_ok=True)
         with open(self.root / ".lock", "w") as lock:
             try:

@@ -2,11 +2,24 @@
 
 from vq4dit_jax.calibration.assess import held_out_agreement
 from vq4dit_jax.calibration.calibrate import State, Trainable, finalize, init, merge, update
-from vq4dit_jax.calibration.recipe import Recipe
 from vq4dit_jax.calibration.loop import make_student, read_log, run
+from vq4dit_jax.calibration.recipe import Recipe
 from vq4dit_jax.calibration.trajectory import Batch, Trajectory, advance, begin
 
 __all__ = [
-    "Batch", "Recipe", "State", "Trainable", "Trajectory", "advance", "begin", "finalize", "held_out_agreement", "init",
-    "make_student", "merge", "read_log", "run", "update",
+    "Batch",
+    "Recipe",
+    "State",
+    "Trainable",
+    "Trajectory",
+    "advance",
+    "begin",
+    "finalize",
+    "held_out_agreement",
+    "init",
+    "make_student",
+    "merge",
+    "read_log",
+    "run",
+    "update",
 ]

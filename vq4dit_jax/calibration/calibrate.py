@@ -2,7 +2,7 @@
 
     r = softmax(z)                          ratios of the n candidates of each sub-vector       (eq 6)
     W_hat = sum_n r_n C[a_n]                                                                    (eq 7)
-    L = lambda_d L_d + lambda_r L_r (+ lambda_o L_o)                                            (eq 8 to 10)
+    L = lambda_d L_d + lambda_r L_r                                                             (eq 8 to 10)
     z, C, biases <- RMSprop on L at the teacher's (x_t, t, y)
     sub-vectors with max r > threshold are frozen to that candidate
 
@@ -80,9 +80,7 @@ def _optimizer(recipe: Recipe) -> optax.GradientTransformation:
 
     def rmsprop(rate: float, schedule: str) -> optax.GradientTransformation:
         scaled = (lambda count: rate * cosine(count)) if schedule == "cosine" else rate
-        return optax.rmsprop(
-            scaled, decay=recipe.decay, eps=recipe.epsilon, eps_in_sqrt=False, momentum=recipe.momentum or None
-        )
+        return optax.rmsprop(scaled, decay=recipe.decay, eps=recipe.epsilon, eps_in_sqrt=False)
 
     return optax.multi_transform(
         {
@@ -101,7 +99,9 @@ def init(recipe: Recipe, student: Any) -> State:
     if not soft:
         raise ValueError("no leaf of the tree is a SoftVQArray: there is nothing to calibrate")
     layers = {path.partition("#")[0].rpartition("/")[0] for path in soft}
-    biases = {f"{layer}/bias": jnp.asarray(flat[f"{layer}/bias"], jnp.float32) for layer in layers if f"{layer}/bias" in flat}
+    biases = {
+        f"{layer}/bias": jnp.asarray(flat[f"{layer}/bias"], jnp.float32) for layer in layers if f"{layer}/bias" in flat
+    }
     trainable = Trainable(
         {path: leaf.logits for path, leaf in soft.items()},
         {path: leaf.codebook for path, leaf in soft.items()},
@@ -140,7 +140,9 @@ def _threshold(recipe: Recipe, step: Int[Array, ""]) -> Float[Array, ""]:
     return recipe.freeze_threshold + done * (1 / recipe.num_candidates - recipe.freeze_threshold)
 
 
-def update(recipe: Recipe, model: DiT, state: State, student: Any, batch: Batch, new_trajectory: Bool[Array, ""]) -> tuple[State, dict]:
+def update(
+    recipe: Recipe, model: DiT, state: State, student: Any, batch: Batch, new_trajectory: Bool[Array, ""]
+) -> tuple[State, dict]:
     """One optimizer step. `student` gives what does not change (candidates, kept parameters); `new_trajectory` is true
     at the first step of one, where the released regularizer forgets its minimum.
 
@@ -150,19 +152,19 @@ def update(recipe: Recipe, model: DiT, state: State, student: Any, batch: Batch,
 
     def loss_fn(trainable: Trainable) -> tuple[Array, tuple]:
         params = _merge(student, trainable, state.frozen)
-        output, blocks = model.clone(remat=recipe.remat).apply({"params": params}, batch.x, batch.t, batch.y, return_blocks=True)
+        _, blocks = model.clone(remat=recipe.remat).apply(
+            {"params": params}, batch.x, batch.t, batch.y, return_blocks=True
+        )
         l_d = losses.block_distance(blocks, batch.blocks)
-        l_o = losses.noise_distance(output, batch.output, model.in_channels)
         leaves = [leaf for leaf in _flatten(params).values() if _is_soft(leaf)]
         if recipe.regularizer == "paper":
             l_r, weight = losses.paper_regularizer(leaves), 1.0
         else:
             l_r = losses.released_regularizer(leaves)
             weight = jnp.where(l_r > floor, 1.0, 0.0)
-        loss = recipe.lambda_d * l_d + recipe.lambda_o * l_o + recipe.lambda_r * weight * l_r
-        return loss, (l_d, l_o, l_r)
+        return recipe.lambda_d * l_d + recipe.lambda_r * weight * l_r, (l_d, l_r)
 
-    (loss, (l_d, l_o, l_r)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.trainable)
+    (loss, (l_d, l_r)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.trainable)
     if recipe.codebook_training == "after_freezing":
         grads = grads._replace(
             codebooks={
@@ -184,7 +186,6 @@ def update(recipe: Recipe, model: DiT, state: State, student: Any, batch: Batch,
     metrics = {
         "loss": loss,
         "l_d": l_d,
-        "l_o": l_o,
         "l_r": l_r,
         "frozen_fraction": sum(mask.sum(dtype=jnp.float32) for mask in frozen.values()) / count,
         "ratio_histogram": histogram,

@@ -15,7 +15,7 @@ from vq4dit_jax.calibration import calibrate, trajectory
 from vq4dit_jax.calibration.recipe import Recipe
 from vq4dit_jax.models import DiT
 from vq4dit_jax.reporting import progress
-from vq4dit_jax.vq import SoftVQArray, VQArray, soften
+from vq4dit_jax.vq import VQArray, soften
 
 _HISTOGRAM_EVERY = 25
 

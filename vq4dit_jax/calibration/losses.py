@@ -16,15 +16,6 @@ def block_distance(student: Float[Array, "L B T D"], teacher: Float[Array, "L B 
     return jnp.square(student - teacher).mean()
 
 
-def noise_distance(
-    student: Float[Array, "R H W F"], teacher: Float[Array, "R H W F"], channels: int
-) -> Float[Array, ""]:
-    """L_o (ours): squared error of the noise predictions relative to the teacher's own size, mean over rows."""
-    wanted = teacher[..., :channels]
-    error = jnp.square(student[..., :channels] - wanted).sum((1, 2, 3))
-    return (error / jnp.square(wanted).sum((1, 2, 3))).mean()
-
-
 def paper_regularizer(leaves: list[SoftVQArray]) -> Float[Array, ""]:
     """L_r (eq 9): sum_n (1 - |2r - 1|) averaged over all sub-vectors; n at r = 1/2, 0 where all ratios are 0 or 1."""
     total = sum((1 - jnp.abs(2 * leaf.ratios() - 1)).sum() for leaf in leaves)
@@ -36,7 +27,6 @@ def released_regularizer(leaves: list[SoftVQArray]) -> Float[Array, ""]:
 
     def one(leaf: SoftVQArray) -> Float[Array, "*stack"]:
         ratios = leaf.ratios()
-        n = ratios.shape[-3]
         spread = (ratios * (1 - ratios)).sum((-3, -2, -1))  # 0 where frozen
         live = jnp.maximum((~leaf.frozen).sum((-2, -1), dtype=jnp.float32), 1.0)
         return spread / live

@@ -97,9 +97,7 @@ class LabelEmbedder(nn.Module):
     @nn.compact
     def __call__(self, y: Int[Array, " B"], dtype: Any) -> Float[Array, "B D"]:
         init = nn.initializers.normal(0.02)
-        table = nn.Embed(
-            self.num_classes + 1, self.features, embedding_init=init, dtype=dtype, name="embedding_table"
-        )
+        table = nn.Embed(self.num_classes + 1, self.features, embedding_init=init, dtype=dtype, name="embedding_table")
         return table(y)
 
 
@@ -157,7 +155,9 @@ class FinalLayer(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"], c: Float[Array, "B D"]) -> Float[Array, "B T F"]:
         shift, scale = Modulation(x.shape[-1], 2, name="adaLN_modulation")(c)
-        return Linear(self.features, nn.initializers.zeros, name="linear")(modulate(layer_norm(x, _NORM_EPS), shift, scale))
+        return Linear(self.features, nn.initializers.zeros, name="linear")(
+            modulate(layer_norm(x, _NORM_EPS), shift, scale)
+        )
 
 
 class DiT(nn.Module):
@@ -203,7 +203,7 @@ class DiT(nn.Module):
         c = c + LabelEmbedder(self.num_classes, self.hidden_size, name="y_embedder")(y, self.dtype)
 
         block = DiTBlock(self.num_heads, self.mlp_ratio, self.norm2_eps, parent=None)
-        apply = lambda p, tokens: block.apply({"params": p}, tokens, c)  # noqa: E731
+        apply = lambda p, tokens: block.apply({"params": p}, tokens, c)
         apply = jax.checkpoint(apply) if self.remat else apply
         outputs = []
         for run in split_runs(leaf(self, "blocks", self._init_blocks, block)):

@@ -66,7 +66,7 @@ class VQArray:
 
     def decode(self) -> Float[Array, "*stack O I"]:
         """The dense weight, in the codebook's dtype."""
-        fn = lambda codebook, codes: pallas_kernels.decode(codebook, codes)  # noqa: E731
+        fn = lambda codebook, codes: pallas_kernels.decode(codebook, codes)
         for _ in self.stack:
             fn = jax.vmap(fn)
         return fn(self.codebook, self.codes())
@@ -86,8 +86,10 @@ def from_codes(codebook: jax.Array, codes: jax.Array | np.ndarray) -> VQArray:
 def validate(array: VQArray, name: str = "VQArray") -> None:
     """Checks the invariants on concrete arrays; raises InputError that names `name` and what does not hold."""
     codebook, packed, (rows, columns) = array.codebook, array.assignments, array.shape
-    if codebook.ndim < 3 or not np.issubdtype(np.asarray(codebook[..., :0]).dtype, np.floating) and (
-        str(codebook.dtype) != "bfloat16"
+    if (
+        codebook.ndim < 3
+        or not np.issubdtype(np.asarray(codebook[..., :0]).dtype, np.floating)
+        and (str(codebook.dtype) != "bfloat16")
     ):
         raise InputError(f"{name}: codebook is {codebook.dtype}{codebook.shape}; wanted floating (*stack, G, K, d)")
     groups, num_codewords, length = codebook.shape[-3:]
