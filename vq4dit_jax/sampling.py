@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from vq4dit_jax import diffusion
 from vq4dit_jax.errors import InputError
@@ -87,7 +87,7 @@ def batch_mesh() -> Mesh:
 def sample(
     model: DiT,
     params: Any,
-    labels: Int[Array, " B"] | Int[np.ndarray, " B"],
+    labels: jax.typing.ArrayLike,
     *,
     key: jax.Array,
     num_steps: int = 250,
@@ -95,7 +95,7 @@ def sample(
     cfg_scale: float = 1.5,
     first_index: int = 0,
 ) -> Float[Array, "B H W C"]:
-    """Images (or latents) in model space for `labels`, from dense or quantized parameters.
+    """Images (or latents) in model space for integer `labels` (B,), from dense or quantized parameters.
 
     Image j of the call is image `first_index + j` of the stream `key`: the same whatever the batch and the number of
     devices. The batch is padded to a multiple of the devices. Guidance is skipped where cfg_scale is 1.
@@ -130,6 +130,6 @@ def sample(
     return images[:count]
 
 
-def to_uint8(images: Float[np.ndarray, "B H W C"]) -> np.ndarray:
+def to_uint8(images: Float[np.ndarray, "..."]) -> UInt8[np.ndarray, "..."]:
     """[-1, 1] to 0..255 as the reference and ADM do: 127.5 x + 128, clipped, cut off."""
     return np.clip(np.asarray(images, np.float32) * 127.5 + 128, 0, 255).astype(np.uint8)

@@ -1,4 +1,7 @@
-"""configs/cifar10_w2.py with the calibration of the released code: to compare with, not to use. docs/calibration.md says what it gave."""
+"""configs/cifar10_w2.py with the calibration of the released code: to compare with, not to use.
+
+docs/calibration.md says what it gave.
+"""
 
 from ml_collections import ConfigDict
 
