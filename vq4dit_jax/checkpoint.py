@@ -4,19 +4,23 @@ Both files hold the same arrays under the same names: a quantized kernel is two 
 `<path>/assignments`; all else is one array under its path. `docs/checkpoints.md` decodes them in five lines of numpy.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
 import pathlib
 import shutil
+from collections.abc import Iterator
 from typing import Any
 
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 
 import pallas_kernels
+from vq4dit_jax import files
 from vq4dit_jax.errors import InputError
 from vq4dit_jax.files import atomic_path
 from vq4dit_jax.models import DiT
@@ -158,18 +162,34 @@ def load_safetensors(file: str | os.PathLike) -> tuple[DiT, dict[str, Any], dict
 def save_tree(path: str | os.PathLike, tree: Any, metadata: dict[str, Any]) -> None:
     """Writes a pytree of arrays as an orbax folder, beside and renamed.
 
-    Uncompressed: codes have next to no redundancy, and the size on disk is then the count of bits.
+    Uncompressed, a file for each array: codes have next to no redundancy, the size on disk is then the count of bits,
+    and the same model gives the same size every time.
     """
     from orbax.checkpoint import v1 as ocp
 
-    saving = ocp.options.ArrayOptions.Saving(use_compression=False)
-    with atomic_path(path) as partial, ocp.Context(array_options=ocp.options.ArrayOptions(saving=saving)):
+    context = ocp.Context()
+    context.array.saving.use_compression = False
+    context.array.saving.use_ocdbt = False
+    arrays = jax.tree.map(np.asarray, tree)
+    with atomic_path(path) as partial, context, _errors_only():
+        files.reserve(partial, sum(a.nbytes for a in jax.tree.leaves(arrays)))
         try:
-            ocp.save(partial.absolute(), jax.tree.map(np.asarray, tree), custom_metadata=metadata)
+            ocp.save(partial.absolute(), arrays, custom_metadata=metadata)
         finally:
             # What orbax leaves beside the target when it is interrupted.
             for rest in partial.parent.glob(f"{partial.name}.orbax-checkpoint-tmp*"):
                 shutil.rmtree(rest, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _errors_only() -> Iterator[None]:
+    """Orbax warns that there is nothing to merge, which is as it should be."""
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def load_tree(path: str | os.PathLike) -> tuple[Any, dict[str, Any]]:

@@ -42,6 +42,17 @@ def remove(path: pathlib.Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def reserve(path: pathlib.Path, size: int) -> None:
+    """Raises the OSError of a full disk now, rather than in the middle of somebody else's writer: `size` bytes are
+    allocated at `path` and given back.
+    """
+    try:
+        with open(path, "wb") as file:
+            os.posix_fallocate(file.fileno(), 0, max(1, size))
+    finally:
+        remove(path)
+
+
 def write_text(target: str | os.PathLike, text: str) -> None:
     with atomic_path(target) as partial:
         partial.write_text(text, encoding="utf-8")

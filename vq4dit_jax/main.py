@@ -24,34 +24,52 @@ from vq4dit_jax.workdir import is_disk_full
 
 def parse(arguments: list[str]) -> tuple[ConfigDict, str]:
     """(config, workdir) of the command line; InputError for anything that cannot be used."""
-    values = flags.FlagValues()
-    named = [a.partition("=")[2] for a in arguments if a.startswith(("--config=", "-config="))]
-    if not named:
+    file, rest = _config_argument(arguments)
+    if file is None:
         raise InputError("--config=FILE is missing, for example --config=configs/cifar10_w2.py; --help says more")
-    file = str(files.config_file(named[-1]))
-    arguments = [f"--config={file}" if a.startswith(("--config=", "-config=")) else a for a in arguments]
-    config_flags.DEFINE_config_file("config", None, "what to run", flag_values=values)
+    config = _load(file)["get_config"]()
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_dict("config", config, "what to run", flag_values=values)
     flags.DEFINE_string("workdir", None, "where everything goes", flag_values=values)
     try:
-        rest = values(["vq4dit", *arguments])[1:]
+        left = values(["vq4dit", *rest])[1:]
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{error}; `--config={named[-1]} --help` lists the keys") from None
-    if rest:
-        raise InputError(f"cannot use the argument {rest[0]!r}; options are written --name=value")
+        raise InputError(f"{error}; `--config={file} --help` lists the keys") from None
+    if left:
+        raise InputError(f"cannot use the argument {left[0]!r}; options are written --name=value")
     if not values.workdir:
         raise InputError("--workdir=DIR is missing: the folder where everything goes")
-    configs.validate(values.config)
-    return values.config, values.workdir
+    configs.validate(config)
+    return config, values.workdir
+
+
+def _config_argument(arguments: list[str]) -> tuple[str | None, list[str]]:
+    """(the file that --config names, or None; the other arguments). Both --config=FILE and --config FILE."""
+    file, rest, left = None, [], list(arguments)
+    while left:
+        name, equals, value = left.pop(0).partition("=")
+        if name.lstrip("-") == "config" and name.startswith("-"):
+            file = value if equals else (left.pop(0) if left else None)
+        else:
+            rest.append(name + equals + value)
+    return file, rest
+
+
+def _load(file: str) -> dict:
+    """The names that a config file defines. A config is a program, as everywhere in this field: run only your own."""
+    module = runpy.run_path(str(files.config_file(file)))
+    if not callable(module.get("get_config")):
+        raise InputError(f"--config={file} defines no get_config()")
+    return module
 
 
 def help_text(arguments: list[str]) -> str:
     """The text above, and the notes and keys of the config that is named."""
-    text = __doc__
-    for argument in arguments:
-        if argument.startswith("--config="):
-            module = runpy.run_path(str(files.config_file(argument.partition("=")[2])))
-            text += f"\n{module.get('__doc__') or ''}\nKeys and their values:\n{module['get_config']()}"
-    return text
+    file, _ = _config_argument(arguments)
+    if file is None:
+        return __doc__
+    module = _load(file)
+    return f"{__doc__}\n{module.get('__doc__') or ''}\nKeys and their values:\n{module['get_config']()}"
 
 
 def main(arguments: list[str]) -> int:
