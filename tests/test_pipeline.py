@@ -303,7 +303,11 @@ def test_help_tells_the_keys(capsys):
 # Other models ----------------------------------------------------------------------------------------------------
 
 
-def test_two_blocks_of_xl2_width_go_through_the_whole_pipeline(tmp_path):
+def test_two_blocks_of_xl2_width_go_through_the_whole_pipeline(tmp_path, monkeypatch):
+    from vq4dit_jax.calibration import assess
+
+    monkeypatch.setattr(assess, "HELD_OUT_IMAGES", 1)  # 16 images and 10 steps would be two minutes of this test
+    monkeypatch.setattr(assess, "HELD_OUT_STEPS", 1)
     workdir = tmp_path / "w"
     small = [a for a in SMALL if "num_images" not in a and "batch" not in a and "grid" not in a and "steps=4" not in a]
     code = command.main([

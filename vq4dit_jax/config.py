@@ -105,9 +105,9 @@ def rules(config: ml_collections.ConfigDict) -> tuple[Rule, ...]:
 
 def validate(config: ml_collections.ConfigDict) -> None:
     """Everything that can be told before work begins; InputError names the key."""
+    _one_of("quantize.bits", config.quantize.bits, tuple(map(float, BITS)))
     recipe(config)
     rules(config)
-    _one_of("quantize.bits", config.quantize.bits, tuple(map(float, BITS)))
     _one_of("sample.sampler", config.sample.sampler, SAMPLERS)
     _one_of("quantize.codebook_dtype", config.quantize.codebook_dtype, DTYPES)
     _one_of("quantize.other_dtype", config.quantize.other_dtype, DTYPES)

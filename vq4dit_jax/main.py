@@ -29,10 +29,11 @@ def parse(arguments: list[str]) -> tuple[ConfigDict, str]:
         raise InputError("--config=FILE is missing, for example --config=configs/cifar10_w2.py; --help says more")
     config = _load(file)["get_config"]()
     values = flags.FlagValues()
-    config_flags.DEFINE_config_dict("config", config, "what to run", flag_values=values)
     flags.DEFINE_string("workdir", None, "where everything goes", flag_values=values)
+    command_line = ["vq4dit", *rest]
     try:
-        left = values(["vq4dit", *rest])[1:]
+        config_flags.DEFINE_config_dict("config", config, "", flag_values=values, sys_argv=command_line)
+        left = values(command_line)[1:]
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{error}; `--config={file} --help` lists the keys") from None
     if left:
