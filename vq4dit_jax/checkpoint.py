@@ -183,7 +183,7 @@ def save_tree(path: str | os.PathLike, tree: Any, metadata: dict[str, Any]) -> N
 
 @contextlib.contextmanager
 def _errors_only() -> Iterator[None]:
-    """Orbax warns that there is nothing to merge, which is as it should be."""
+    """Orbax warns that there are no OCDBT files to merge or to read, which is as it should be."""
     before = logging.get_verbosity()
     logging.set_verbosity(logging.ERROR)
     try:
@@ -200,7 +200,8 @@ def load_tree(path: str | os.PathLike) -> tuple[Any, dict[str, Any]]:
     if not folder.is_dir():
         raise InputError(f"{path}: no such folder; wanted an orbax checkpoint")
     try:
-        return ocp.load(folder), ocp.metadata(folder).custom_metadata or {}
+        with _errors_only():
+            return ocp.load(folder), ocp.metadata(folder).custom_metadata or {}
     except Exception as error:  # orbax and tensorstore raise many kinds for a damaged folder
         raise InputError(f"{path} is no readable orbax checkpoint ({type(error).__name__}: {error})") from error
 
