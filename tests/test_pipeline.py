@@ -273,6 +273,14 @@ def test_a_workdir_with_somebody_elses_files(capsys, tmp_path):
     assert "no config.json" in capsys.readouterr().err and os.listdir(tmp_path) == ["thesis.tex"]
 
 
+def test_a_workdir_that_cannot_be_made(capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    for workdir in (tmp_path / "file", tmp_path / "file" / "below"):
+        assert command.main([CONFIG, f"--workdir={workdir}", *SMALL]) == 2
+        err = capsys.readouterr().err
+        assert str(tmp_path / "file") in err and err.count("\n") == 1
+
+
 def test_a_full_disk_is_one_line_and_leaves_no_half_written_file(tmp_path):
     """Files may not grow past 200 kB, which the k-means result does not fit in."""
     arguments = [sys.executable, "-m", "vq4dit_jax.main", CONFIG, f"--workdir={tmp_path / 'w'}", *SMALL]

@@ -85,6 +85,11 @@ def main(arguments: list[str]) -> int:
         return 0
     except (InputError, MissingExtraError) as error:
         message = str(error)
+    except (PermissionError, NotADirectoryError, IsADirectoryError) as error:
+        message = f"{error}; choose a file or folder that this user may use"
+    except KeyboardInterrupt:
+        print("vq4dit: stopped; the same command goes on from here", file=sys.stderr)
+        return 130
     except Exception as error:
         if not is_disk_full(error):
             raise
