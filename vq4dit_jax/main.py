@@ -18,8 +18,8 @@ from ml_collections import ConfigDict, config_flags
 
 from vq4dit_jax import config as configs
 from vq4dit_jax import files, pipeline
-from vq4dit_jax.errors import InputError, MissingExtraError
-from vq4dit_jax.workdir import is_disk_full
+from vq4dit_jax.command_line import exit_code
+from vq4dit_jax.errors import InputError
 
 
 def parse(arguments: list[str]) -> tuple[ConfigDict, str]:
@@ -76,26 +76,15 @@ def help_text(arguments: list[str]) -> str:
 def main(arguments: list[str]) -> int:
     """Exit code: 0 on success, 2 for bad input, with one line on stderr."""
     logging.set_verbosity(logging.WARNING)
-    try:
-        if not arguments or "--help" in arguments or "-h" in arguments:
-            print(help_text(arguments))
-            return 0
-        config, workdir = parse(arguments)
-        pipeline.run(config, workdir, "python -m vq4dit_jax.main " + shlex.join(arguments))
-        return 0
-    except (InputError, MissingExtraError) as error:
-        message = str(error)
-    except (PermissionError, NotADirectoryError, IsADirectoryError) as error:
-        message = f"{error}; choose a file or folder that this user may use"
-    except KeyboardInterrupt:
-        print("vq4dit: stopped; the same command goes on from here", file=sys.stderr)
-        return 130
-    except Exception as error:
-        if not is_disk_full(error):
-            raise
-        message = f"the disk is full, or a file may grow no larger: {error}; make room and run the same command again"
-    print("vq4dit: " + " ".join(message.split()), file=sys.stderr)
-    return 2
+    return exit_code(lambda: _main(arguments))
+
+
+def _main(arguments: list[str]) -> None:
+    if not arguments or "--help" in arguments or "-h" in arguments:
+        print(help_text(arguments))
+        return
+    config, workdir = parse(arguments)
+    pipeline.run(config, workdir, "python -m vq4dit_jax.main " + shlex.join(arguments))
 
 
 def run() -> None:

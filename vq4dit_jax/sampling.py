@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Int, UInt8
 
 from vq4dit_jax import diffusion
 from vq4dit_jax.errors import InputError
@@ -19,9 +19,9 @@ _INITIAL, _STEPS = 0, 1
 """Streams of randomness: the first noise, and the noise of the steps."""
 
 
-def image_keys(key: jax.Array, first: int, count: int) -> jax.Array:
+def image_keys(key: jax.Array, indices: Int[np.ndarray, " B"]) -> jax.Array:
     """A key per image from its global index, so that image i is the same in any batch on any number of devices."""
-    return jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(first, first + count, dtype=jnp.uint32))
+    return jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.asarray(indices, jnp.uint32))
 
 
 def noise(keys: jax.Array, stream: int, step: int | jax.Array, shape: tuple[int, ...]) -> Float[Array, "B H W C"]:
@@ -68,20 +68,38 @@ def denoise(
     return x
 
 
-@functools.partial(jax.jit, static_argnames=("model", "sampler", "use_guidance"))
-def _sample(model, params, labels, keys, sched, cfg_scale, *, sampler, use_guidance):
-    def predict(x: jax.Array, t: jax.Array) -> jax.Array:
-        if use_guidance:
-            return guided(model, params, x, t, labels, cfg_scale)
-        return model.apply({"params": params}, x, jnp.full((x.shape[0],), t, jnp.int32), labels)
+@functools.partial(jax.jit, static_argnames=("model", "mesh", "sampler", "use_guidance"))
+def _sample(model, mesh, params, labels, keys, sched, cfg_scale, *, sampler, use_guidance):
+    def on_one_device(params, labels, keys, sched, cfg_scale):
+        def predict(x: jax.Array, t: jax.Array) -> jax.Array:
+            if use_guidance:
+                return guided(model, params, x, t, labels, cfg_scale)
+            return model.apply({"params": params}, x, jnp.full((x.shape[0],), t, jnp.int32), labels)
 
-    size = model.input_size
-    return denoise(predict, sched, keys, (size, size, model.in_channels), sampler)
+        size = model.input_size
+        return denoise(predict, sched, keys, (size, size, model.in_channels), sampler)
+
+    # Mapped, not partitioned by the compiler: a device's program depends on its own share of the batch alone, so the
+    # same share gives the same bits on one device and on eight.
+    rows, everywhere = PartitionSpec("batch"), PartitionSpec()
+    return jax.shard_map(
+        on_one_device,
+        mesh=mesh,
+        in_specs=(everywhere, rows, rows, everywhere, everywhere),
+        out_specs=rows,
+        check_vma=False,
+    )(params, labels, keys, sched, cfg_scale)
 
 
 def batch_mesh() -> Mesh:
-    """All devices in one axis, over which the batch is cut."""
-    return jax.make_mesh((jax.device_count(),), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
+    """This process's devices in one axis, over which the batch is cut."""
+    devices = jax.local_devices()
+    return jax.make_mesh((len(devices),), ("batch",), devices=devices, axis_types=(jax.sharding.AxisType.Auto,))
+
+
+def replicated() -> NamedSharding:
+    """A copy on each of this process's devices."""
+    return NamedSharding(batch_mesh(), PartitionSpec())
 
 
 def sample(
@@ -93,12 +111,13 @@ def sample(
     num_steps: int = 250,
     sampler: str = "ddpm",
     cfg_scale: float = 1.5,
-    first_index: int = 0,
+    indices: jax.typing.ArrayLike | None = None,
 ) -> Float[Array, "B H W C"]:
     """Images (or latents) in model space for integer `labels` (B,), from dense or quantized parameters.
 
-    Image j of the call is image `first_index + j` of the stream `key`: the same whatever the batch and the number of
-    devices. The batch is padded to a multiple of the devices. Guidance is skipped where cfg_scale is 1.
+    Image j of the call is image `indices[j]` (by default j) of the stream `key`: the same, up to rounding, whatever
+    the batch, and to the bit for the same number of images a device. The batch is cut over this process's devices,
+    and padded to a multiple of them. Guidance is skipped where cfg_scale is 1.
 
     Raises InputError for an unknown sampler, steps out of range, or labels that are not classes.
     """
@@ -116,9 +135,11 @@ def sample(
     rows = NamedSharding(mesh, PartitionSpec("batch"))
     everywhere = NamedSharding(mesh, PartitionSpec())
     label_array = jax.device_put(np.resize(labels, padded).astype(np.int32), rows)
-    keys = jax.device_put(image_keys(key, first_index, padded), rows)
+    numbers = np.resize(np.arange(count) if indices is None else np.asarray(indices), padded)
+    keys = jax.device_put(image_keys(key, numbers), rows)
     images = _sample(
         model,
+        mesh,
         jax.device_put(params, everywhere),
         label_array,
         keys,

@@ -1,0 +1,252 @@
+"""Sampling at scale: the same bytes on any devices and processes and after any kill, in the memory of one batch."""
+
+import json
+import os
+import re
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import numpy as np
+import pytest
+from conftest import ROOT
+from models import tiny
+
+import vq4dit_jax
+from vq4dit_jax import generation
+from vq4dit_jax.errors import InputError
+from vq4dit_jax.files import asset
+from vq4dit_jax.generation import Plan, class_labels
+from vq4dit_jax.quantization import quantize, random_params
+
+COMMAND = [sys.executable, "-m", "vq4dit_jax.sample"]
+SMALL = ("--num-images=60", "--steps=3", "--batch=7", "--labels=random", "--grid-images=6")
+
+
+def _environment(devices: int = 1) -> dict[str, str]:
+    return {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+
+
+def _sample(checkpoint, out, *arguments, devices: int = 1) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [*COMMAND, f"--checkpoint={checkpoint}", f"--out={out}", *SMALL, *arguments],
+        cwd=ROOT, env=_environment(devices), capture_output=True, text=True,
+    )  # fmt: skip
+
+
+TRAINED = "asset:dit_cifar10.safetensors"
+"""Its samples are pictures; those of random weights are all black and white, and would hide differences."""
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A packed model small enough that 50,000 images take seconds."""
+    model, params = tiny(input_size=32, patch_size=16, hidden_size=16, depth=1, mlp_ratio=1.0)
+    params = random_params(params, jax.random.key(1), scale=0.05)
+    path = tmp_path_factory.mktemp("model") / "quantized"
+    vq4dit_jax.save_quantized(path, model, quantize(params, bits=2, key=jax.random.key(0)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The samples of one device in one go."""
+    out = tmp_path_factory.mktemp("samples") / "one"
+    done = _sample(TRAINED, out)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def test_what_the_command_leaves(whole):
+    assert {p.name for p in whole.iterdir()} == {"samples.npz", "grid.png", "recipe.json", ".lock"}
+    with np.load(whole / "samples.npz", allow_pickle=False) as file:
+        assert file.files == ["arr_0"]
+        images = file["arr_0"]
+    assert images.shape == (60, 32, 32, 3) and images.dtype == np.uint8
+    assert 0.5 < ((images > 0) & (images < 255)).mean() and len(np.unique(images.reshape(60, -1), axis=0)) == 60
+    recipe = json.loads((whole / "recipe.json").read_text())
+    assert (recipe["sampler"], recipe["steps"], recipe["labels"], recipe["num_images"]) == ("ddpm", 3, "random", 60)
+    assert recipe["versions"]["jax"] == jax.__version__ and len(recipe["model_sha256"]) == 64
+
+
+def test_the_images_are_those_of_the_library(whole):
+    """The command's image i is `vq.sample`'s, wherever the shards begin; one level apart where rounding differs."""
+    model, params = vq4dit_jax.load_pretrained(asset(TRAINED.removeprefix("asset:")))
+    key, indices = jax.random.key(0), np.asarray([0, 6, 7, 31, 59])
+    labels = class_labels("random", key, indices, model.num_classes)
+    x = vq4dit_jax.sample(model, params, labels, key=key, num_steps=3, cfg_scale=1.5, indices=indices)
+    ours = generation.sampling.to_uint8(np.asarray(x)).astype(int)
+    difference = np.abs(ours - np.load(whole / "samples.npz")["arr_0"][indices])
+    assert difference.max() <= 1 and (difference > 0).mean() < 0.01
+
+
+def test_eight_devices_make_the_same_file(whole, tmp_path):
+    assert _sample(TRAINED, tmp_path / "eight", devices=8).returncode == 0
+    assert (tmp_path / "eight" / "samples.npz").read_bytes() == (whole / "samples.npz").read_bytes()
+
+
+def test_two_processes_make_the_same_file(whole, tmp_path):
+    """A `jax.distributed` job on loopback, each process with two devices."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    out = tmp_path / "two"
+    job = ("--distributed", f"--coordinator=127.0.0.1:{port}", "--processes=2")
+    processes = [
+        subprocess.Popen(
+            [*COMMAND, f"--checkpoint={TRAINED}", f"--out={out}", *SMALL, *job, f"--process={i}"],
+            cwd=ROOT, env=_environment(2), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        )
+        for i in range(2)
+    ]  # fmt: skip
+    for process in processes:
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+    assert (out / "samples.npz").read_bytes() == (whole / "samples.npz").read_bytes()
+    assert json.loads((out / "recipe.json").read_text())["devices"].startswith("4 x")
+
+
+def test_killed_and_resumed_on_other_devices_it_makes_the_same_file(whole, tmp_path):
+    """SIGKILL after some shards; those are kept as they are, and the rest is made."""
+    out = tmp_path / "killed"
+    shards = out / ".samples-shards"
+    process = subprocess.Popen(
+        [*COMMAND, f"--checkpoint={TRAINED}", f"--out={out}", *SMALL],
+        cwd=ROOT, env=_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not (shards.exists() and len(list(shards.glob("*.npy"))) >= 2):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    made = {p.name: p.stat().st_mtime_ns for p in shards.glob("0*.npy")}
+    assert 2 <= len(made) and not (out / "samples.npz").exists()
+    (shards / ".000008.npy.partial").write_bytes(b"half")
+    # The next run may be killed as well, as soon as it has anything to lose; what was made stays.
+    assert _sample(TRAINED, out, devices=3).returncode == 0
+    assert (out / "samples.npz").read_bytes() == (whole / "samples.npz").read_bytes()
+    assert not shards.exists()
+
+
+def test_shards_that_are_there_are_not_made_again(checkpoint, tmp_path):
+    model, params, _ = vq4dit_jax.load_quantized(checkpoint)
+    plan, key = Plan(num_images=5, batch=2, sampler="ddim", steps=1), jax.random.key(0)
+    mark = np.full((2, 32, 32, 3), 7, np.uint8)
+    (tmp_path / ".a-shards").mkdir()
+    np.save(tmp_path / ".a-shards" / "000001.npy", mark)
+    generation.generate(plan, model, params, key, tmp_path / "a.npz", lambda x: x)
+    images = np.load(tmp_path / "a.npz")["arr_0"]
+    assert (images[2:4] == mark).all() and not (images[[0, 1, 4]] == 7).all()
+
+
+def test_fifty_thousand_images_in_the_memory_of_one_batch(checkpoint, tmp_path):
+    """The images are 154 MB, a batch is 1.5 MB as bytes and 6 MB as floats. The peak of the process grows by far less."""
+
+    def peak_kb(count: int) -> int:
+        script = (
+            "import resource, sys, runpy; sys.argv = sys.argv[1:]\n"
+            "try: runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=False)\n"
+            "finally: print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", script, "vq4dit_jax.sample", f"--checkpoint={checkpoint}", f"--num-images={count}",
+             f"--out={tmp_path / str(count)}", "--batch=500", "--sampler=ddim", "--steps=1", "--cfg-scale=1"],
+            cwd=ROOT, env=_environment(), capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return int(done.stdout.split()[-1])
+
+    assert resource.getpagesize()  # ru_maxrss is in kB on Linux, where alone this project is tested
+    few, many = peak_kb(1000), peak_kb(50_000)
+    assert (tmp_path / "50000" / "samples.npz").stat().st_size > 50_000 * 32 * 32 * 3
+    assert many - few < 50_000
+
+
+def test_a_finished_folder_is_left_alone_and_another_recipe_is_refused(whole):
+    before = {p: p.stat().st_mtime_ns for p in whole.iterdir() if p.name != ".lock"}
+    again = _sample(TRAINED, whole)
+    assert again.returncode == 0 and "finished" in again.stdout
+    other = _sample(TRAINED, whole, "--steps=4", "--seed=1")
+    assert other.returncode == 2 and "steps (4 here, 3 there), seed (1 here, 0 there)" in other.stderr
+    assert other.stderr.count("\n") == 1
+    assert before == {p: p.stat().st_mtime_ns for p in whole.iterdir() if p.name != ".lock"}
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("--steps=0", "steps=0"), ("--num-images=0", "num_images=0"), ("--batch=-1", "batch=-1"), ("--sampler=euler", "sampler=euler"),
+        ("--labels=cats", "labels=cats"), ("--labels=3,5", "classes 0..4"), ("--num-images=many", "many"), ("--nonsense", "nonsense"),
+        ("--checkpoint=nowhere", "nowhere"), ("--grid-images=0", "grid-images=0"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_line(argument, words, checkpoint, tmp_path, capsys):
+    import runpy
+
+    module = runpy.run_module("vq4dit_jax.sample", run_name="sample_command")
+    out = tmp_path / "out"
+    code = module["main"]([f"--checkpoint={checkpoint}", f"--out={out}", "--num-images=3", "--steps=1", argument])
+    err = capsys.readouterr().err
+    assert code == 2 and words in err and err.count("\n") == 1
+    assert not list(out.rglob("*.np[yz]"))
+
+
+def test_help_names_every_option_and_an_example(capsys):
+    done = subprocess.run([*COMMAND, "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert {"--checkpoint", "--num-images", "--out", "--vae", "--seed"} <= set(re.findall(r"--[a-z-]+", done.stdout))
+
+
+def test_running_the_command_leaves_the_function_of_the_same_name():
+    """`python -m vq4dit_jax.sample` is a module; `vq4dit_jax.sample` has to stay the function."""
+    assert vq4dit_jax.sample is generation.sampling.sample
+
+
+# Parts -----------------------------------------------------------------------------------------------------------
+
+
+@hypothesis.given(
+    st.integers(0, 20), st.lists(st.integers(0, 20), max_size=6), st.sampled_from([np.uint8, np.float32, np.int64])
+)
+def test_an_npz_written_in_parts_is_that_of_the_whole(tmp_path_factory, count, cuts, dtype):
+    array = np.arange(count * 6).reshape(count, 2, 3).astype(dtype)
+    parts = np.split(array, sorted(min(c, count) for c in cuts))
+    folder = tmp_path_factory.mktemp("npz")
+    generation.write_npz(folder / "parts.npz", array.shape, dtype, parts)
+    generation.write_npz(folder / "whole.npz", array.shape, dtype, [array])
+    assert (folder / "parts.npz").read_bytes() == (folder / "whole.npz").read_bytes()
+    with np.load(folder / "parts.npz", allow_pickle=False) as file:
+        np.testing.assert_array_equal(file["arr_0"], array)
+        assert file["arr_0"].dtype == dtype
+
+
+def test_parts_that_do_not_fit_leave_no_file(tmp_path):
+    for parts in ([np.zeros((2, 3), np.uint8)], [np.zeros((3, 4), np.uint8)], [np.zeros((3, 3), np.int8)]):
+        with pytest.raises(InputError, match=r"a\.npz"):
+            generation.write_npz(tmp_path / "a.npz", (3, 3), np.uint8, parts)
+    assert not list(tmp_path.iterdir())
+
+
+def test_balanced_labels_differ_by_at_most_one_and_random_ones_do_not_know_the_batch():
+    key = jax.random.key(3)
+    counts = np.bincount(class_labels("balanced", key, np.arange(1003), 10))
+    assert counts.max() - counts.min() <= 1
+    whole = class_labels("random", key, np.arange(1000), 10)
+    parts = np.concatenate([class_labels("random", key, np.arange(i, i + 8), 10) for i in range(0, 1000, 8)])
+    np.testing.assert_array_equal(whole, parts)
+    assert np.bincount(whole, minlength=10).min() > 60  # 100 expected, standard deviation 9.5
+    np.testing.assert_array_equal(class_labels("207,360", key, np.arange(4, 7), 1000), [207, 360, 207])
+
+
+@hypothesis.given(st.integers(1, 10_000), st.integers(1, 300))
+def test_shards_cover_the_images_once(count, batch):
+    plan = Plan(num_images=count, batch=batch)
+    indices = np.concatenate([plan.indices(shard) for shard in range(plan.num_shards)])
+    assert (indices == np.arange(len(indices))).all() and count <= len(indices) < count + plan.batch
