@@ -7,7 +7,6 @@ Only to be run: in Python `vq4dit_jax.sample` is the function of `vq4dit_jax.sam
 import argparse
 import contextlib
 import fcntl
-import json
 import pathlib
 import sys
 
@@ -111,9 +110,8 @@ def _main(flags: argparse.Namespace) -> None:
         if jax.process_index() == 0:
             images = generation.read_head(target, flags.grid_images)
             reporting.write_grid(folder / "grid.png", images, columns=min(8, len(images)))
-            print(
-                f"{target}: {plan.num_images} images of {images.shape[2]}x{images.shape[1]} pixels; recipe.json and grid.png beside it"
-            )
+            size = f"{images.shape[2]}x{images.shape[1]}"
+            print(f"{target}: {plan.num_images} images of {size} pixels; recipe.json and grid.png beside it")
 
 
 @contextlib.contextmanager
