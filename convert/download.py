@@ -1,7 +1,8 @@
-"""The official DiT-XL/2 checkpoints: found in the cache folder, or downloaded there, resumably and checked.
+"""The official DiT-XL/2 checkpoints and the VAEs that go with them: found in the cache folder, or downloaded there,
+resumably and checked.
 
-Their publisher gives no checksums. So a checksum is trusted on first use: a download is complete when it has the
-length that the server announced and opens as a checkpoint; its SHA-256 is then printed and stored beside it in
+Of most of them no checksum is published. So a checksum is trusted on first use: a download is complete when it has the
+length that the server announced and opens as what it should be; its SHA-256 is then printed and stored beside it in
 `<name>.sha256`, and every later use compares. That catches a file that changes, not one that was wrong from the start.
 """
 
@@ -10,6 +11,7 @@ import errno
 import fcntl
 import hashlib
 import http.client
+import json
 import os
 import pathlib
 import re
@@ -17,7 +19,8 @@ import shutil
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Callable, Iterator
 from typing import BinaryIO
 
 from absl import logging
@@ -30,6 +33,39 @@ from vq4dit_jax.errors import InputError
 BASE_URL = "https://dl.fbaipublicfiles.com/DiT/models"
 # SHA-256 of each file, None where it is not known and the first use decides.
 OFFICIAL_CHECKPOINTS: dict[str, str | None] = {"DiT-XL-2-256x256.pt": None, "DiT-XL-2-512x512.pt": None}
+HUB_URL = "https://huggingface.co"
+# Repository and commit of each VAE, and its files with their SHA-256. The one that is known is in many public records.
+OFFICIAL_VAES: dict[str, tuple[str, dict[str, str | None]]] = {
+    "sd-vae-ft-ema": (
+        "stabilityai/sd-vae-ft-ema/resolve/f04b2c4b98319346dad8c65879f680b1997b204a",
+        {"config.json": None, "diffusion_pytorch_model.safetensors": None},
+    ),
+    "sd-vae-ft-mse": (
+        "stabilityai/sd-vae-ft-mse/resolve/31f26fdeee1355a5c34592e401dd41e45d25a493",
+        {
+            "config.json": None,
+            "diffusion_pytorch_model.safetensors": "a1d993488569e928462932c8c38a0760b874d166399b14414135bd9c42df5815",
+        },
+    ),
+}
+# What quality is measured with: address, file name, SHA-256. The network's is that of many public records.
+OFFICIAL_EVALUATION: dict[str, tuple[str, str, str | None]] = {
+    "inception-2015-12-05": (
+        "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights",
+        "pt_inception-2015-12-05-6726825d.pth",
+        "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
+    ),
+    "imagenet256": (
+        "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet/256",
+        "VIRTUAL_imagenet256_labeled.npz",
+        None,
+    ),
+    "imagenet512": (
+        "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet/512",
+        "VIRTUAL_imagenet512.npz",
+        None,
+    ),
+}
 _CHUNK = 1 << 20  # bytes
 _TIMEOUT = 60  # seconds without a byte
 _ATTEMPTS = 5  # in a row without a new byte
@@ -59,22 +95,117 @@ def official_checkpoint(
         raise InputError(f"no official checkpoint {name!r}; there are {', '.join(OFFICIAL_CHECKPOINTS)}")
     require_torch()
     folder = files.cache_folder() if folder is None else pathlib.Path(folder).expanduser()
-    target = folder / name
+    return _fetch(f"{base_url}/{name}", folder / name, OFFICIAL_CHECKPOINTS[name], open_checkpoint, pause)
+
+
+def official_vae(
+    name: str,
+    folder: str | os.PathLike | None = None,
+    *,
+    base_url: str = HUB_URL,
+    pause: float = 1.0,
+) -> pathlib.Path:
+    """Folder of an official VAE in diffusers' layout, `folder`/`name`; what is not in it yet is downloaded.
+
+    Arguments and errors are `official_checkpoint`'s, with `name` a key of `OFFICIAL_VAES`; torch is not needed.
+    """
+    if name not in OFFICIAL_VAES:
+        raise InputError(f"no official VAE {name!r}; there are {', '.join(OFFICIAL_VAES)}")
+    folder = (files.cache_folder() if folder is None else pathlib.Path(folder).expanduser()) / name
+    commit, checksums = OFFICIAL_VAES[name]
+    for file, checksum in checksums.items():
+        opens = _open_json if file.endswith(".json") else _open_safetensors
+        _fetch(f"{base_url}/{commit}/{file}", folder / file, checksum, opens, pause)
+    return folder
+
+
+def official_evaluation(
+    name: str,
+    folder: str | os.PathLike | None = None,
+    *,
+    base_url: str | None = None,
+    pause: float = 1.0,
+) -> pathlib.Path:
+    """Path of the FID network's weights (`inception-2015-12-05`, 96 MB) or of ADM's ImageNet statistics (`imagenet256`, 2 GB).
+
+    Arguments and errors are `official_checkpoint`'s, with `name` a key of `OFFICIAL_EVALUATION`.
+    """
+    if name not in OFFICIAL_EVALUATION:
+        raise InputError(f"no official evaluation file {name!r}; there are {', '.join(OFFICIAL_EVALUATION)}")
+    url, file, checksum = OFFICIAL_EVALUATION[name]
+    if file.endswith(".pth"):
+        require_torch()
+    folder = files.cache_folder() if folder is None else pathlib.Path(folder).expanduser()
+    opens = open_checkpoint if file.endswith(".pth") else _open_npz
+    return _fetch(f"{base_url or url}/{file}", folder / file, checksum, opens, pause)
+
+
+def official(name: str, download: bool = True) -> pathlib.Path:
+    """Path of an official file or folder of any kind: a checkpoint, a VAE, or what quality is measured with.
+
+    Without `download` only the cache folder is looked into. InputError lists the names there are.
+    """
+    kinds = (
+        (OFFICIAL_CHECKPOINTS, official_checkpoint),
+        (OFFICIAL_VAES, official_vae),
+        (OFFICIAL_EVALUATION, official_evaluation),
+    )
+    for names, fetch in kinds:
+        if name in names:
+            file = OFFICIAL_EVALUATION[name][1] if name in OFFICIAL_EVALUATION else name
+            if not download and not (files.cache_folder() / file).exists():
+                raise InputError(f"{file} is not in {files.cache_folder()}, and nothing is downloaded for this run")
+            return fetch(name)
+    raise InputError(
+        f"nothing official is called {name!r}; there are {', '.join(n for names, _ in kinds for n in names)}"
+    )
+
+
+def _open_npz(path: pathlib.Path) -> None:
+    if not zipfile.is_zipfile(path):  # the directory is at its end, so a truncated one has none
+        raise InputError(f"{path}: not a whole .npz file")
+
+
+def _open_json(path: pathlib.Path) -> None:
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON: {error}") from None
+
+
+def _open_safetensors(path: pathlib.Path) -> None:
+    """As `open_checkpoint`, which goes by the suffix, and that of a download in progress is another."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy"):
+            pass
+    except SafetensorError as error:
+        raise InputError(f"{path}: not a whole safetensors file: {error}") from None
+
+
+def _fetch(
+    url: str, target: pathlib.Path, known: str | None, opens: Callable[[pathlib.Path], object], pause: float
+) -> pathlib.Path:
+    """`target`, downloaded from `url` if it is not there yet, and checked.
+
+    `known` is its SHA-256, None where the first use decides; `opens(path)` then has to raise InputError if it is broken.
+    """
+    folder, name = target.parent, target.name
     if target.is_file():
-        _check_sum(target, target)
+        _check_sum(target, target, known, opens)
         return target
-    url = f"{base_url}/{name}"
     partial = folder / f"{name}.partial"
     by_hand = f"download {url} by other means and put it into {folder} as {name}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _exclusive(partial) as file:
             if target.is_file():  # another process has just finished it
-                _check_sum(target, target)
+                _check_sum(target, target, known, opens)
                 return target
             _download(url, file, partial, pause)
             try:
-                _check_sum(partial, target)
+                _check_sum(partial, target, known, opens)
             except InputError:
                 partial.unlink()  # complete and wrong: there is nothing to resume
                 raise
@@ -171,13 +302,14 @@ def _restart(file: BinaryIO, etag: pathlib.Path) -> None:
     etag.unlink(missing_ok=True)
 
 
-def _check_sum(path: pathlib.Path, target: pathlib.Path) -> None:
+def _check_sum(
+    path: pathlib.Path, target: pathlib.Path, known: str | None, opens: Callable[[pathlib.Path], object]
+) -> None:
     """Compares the checksum of `path` with the known one or that of the first use; a first use is recorded.
 
     `path` is `target`, or what is about to be renamed to it.
     """
     found = sha256(path)
-    known = OFFICIAL_CHECKPOINTS[target.name]
     if known is not None and found != known:
         raise InputError(f"{path}: its SHA-256 is {found}, the official one {known}; delete it to download it again")
     record = target.with_name(f"{target.name}.sha256")
@@ -188,7 +320,7 @@ def _check_sum(path: pathlib.Path, target: pathlib.Path) -> None:
             f"it again, or delete {record} if you trust it as it is"
         )
     if not recorded:
-        open_checkpoint(path)
+        opens(path)
         files.write_text(record, f"{found}  {target.name}\n")
         trusted = "" if known else " (trusted on first use: the publisher gives none)"
         print(f"{target.name}: SHA-256 {found}{trusted}")

@@ -1,25 +1,43 @@
-"""Official checkpoints: downloads survive broken connections, and nothing wrong is ever taken for a checkpoint."""
+"""Official checkpoints and VAEs: downloads survive broken connections, and nothing wrong is ever taken for one."""
 
 import hashlib
 import http.server
+import io
+import json
+import subprocess
+import sys
 import threading
 
+import numpy as np
 import pytest
+from safetensors.numpy import save
 
 from convert import download
-from convert.download import BASE_URL, OFFICIAL_CHECKPOINTS, official_checkpoint
+from convert.download import (
+    BASE_URL,
+    HUB_URL,
+    OFFICIAL_CHECKPOINTS,
+    OFFICIAL_EVALUATION,
+    OFFICIAL_VAES,
+    official,
+    official_checkpoint,
+    official_evaluation,
+    official_vae,
+)
 from vq4dit_jax.errors import InputError
 
-torch = pytest.importorskip("torch", reason="the official checkpoints are PyTorch files")
-
 NAME = "DiT-XL-2-256x256.pt"
+VAE = "sd-vae-ft-ema"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 class Server:
     """A file server with ranges, and the ways in which one can misbehave."""
 
-    def __init__(self, content: bytes):
+    def __init__(self, content: bytes, paths: dict[str, bytes] | None = None):
         self.content = content
+        self.paths = paths or {}  # with contents of their own
+        self.moved = False  # every path to the same one under /cdn, as the Hugging Face hub does
         self.etag = '"1"'
         self.cuts = []  # bytes after which the next connections break
         self.ranges = True
@@ -40,8 +58,14 @@ class Server:
 
     def answer(self, handler) -> None:
         asked = handler.headers.get("Range")
+        if self.moved and not handler.path.startswith("/cdn/"):
+            handler.send_response(302)
+            handler.send_header("Location", f"{self.url}/cdn{handler.path}")
+            handler.send_header("Content-Length", "0")
+            return handler.end_headers()
         self.requests.append(asked)
-        total = len(self.content)
+        content = self.paths.get(handler.path.removeprefix("/cdn"), self.content)
+        total = len(content)
         start = int(asked.removeprefix("bytes=").removesuffix("-")) if asked else 0
         if not self.ranges or handler.headers.get("If-Range", self.etag) != self.etag:
             start = 0
@@ -58,7 +82,7 @@ class Server:
         handler.send_header("Content-Length", str(total - start))
         handler.send_header("ETag", self.etag)
         handler.end_headers()
-        handler.wfile.write(self.content[start:][: self.cuts.pop(0) if self.cuts else None])
+        handler.wfile.write(content[start:][: self.cuts.pop(0) if self.cuts else None])
 
     def close(self) -> None:
         self._server.shutdown()
@@ -66,7 +90,12 @@ class Server:
 
 
 @pytest.fixture
-def content(tmp_path) -> bytes:
+def torch():
+    return pytest.importorskip("torch", reason="the official checkpoints are PyTorch files")
+
+
+@pytest.fixture
+def content(tmp_path, torch) -> bytes:
     torch.manual_seed(0)
     torch.save({"blocks.0.weight": torch.randn(300, 1000)}, tmp_path / "whole.pt")
     return (tmp_path / "whole.pt").read_bytes()
@@ -146,7 +175,7 @@ def test_what_is_no_checkpoint_is_not_kept(get, server, tmp_path):
     assert left_in(tmp_path / "cache") <= {f"{NAME}.partial.etag"}
 
 
-def test_no_network_says_which_file_to_put_where(tmp_path):
+def test_no_network_says_which_file_to_put_where(tmp_path, torch):
     """tests/conftest.py pulls the cable."""
     with pytest.raises(InputError) as caught:
         official_checkpoint(NAME, tmp_path / "cache", pause=0.0)
@@ -199,3 +228,119 @@ def test_two_processes_do_not_write_the_same_file(get, tmp_path):
 def test_unknown_names():
     with pytest.raises(InputError, match="no official checkpoint 'DiT-XL-2.pt'.*DiT-XL-2-256x256.pt"):
         official_checkpoint("DiT-XL-2.pt")
+
+
+# ---- VAEs: a folder of files, none of which is PyTorch's
+
+
+@pytest.fixture
+def vae_files() -> dict[str, bytes]:
+    tensors = {"decoder.conv_in.weight": np.random.default_rng(0).standard_normal((100, 100, 3, 3), np.float32)}
+    return {"config.json": json.dumps({"_class_name": "AutoencoderKL"}).encode(), WEIGHTS: save(tensors)}
+
+
+@pytest.fixture
+def hub(vae_files):
+    commit, _ = OFFICIAL_VAES[VAE]
+    server = Server(b"", {f"/{commit}/{name}": content for name, content in vae_files.items()})
+    server.moved = True
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def get_vae(hub, tmp_path):
+    return lambda: official_vae(VAE, tmp_path / "cache", base_url=hub.url, pause=0.0)
+
+
+def test_a_vae_is_a_folder_of_checked_files(get_vae, hub, vae_files, tmp_path, capsys):
+    folder = get_vae()
+    assert folder == tmp_path / "cache" / VAE
+    assert left_in(folder) == {name + end for name in vae_files for end in ("", ".sha256")}
+    said = capsys.readouterr().out
+    for name, content in vae_files.items():
+        assert (folder / name).read_bytes() == content
+        assert hashlib.sha256(content).hexdigest() in said
+    assert len(hub.requests) == 2
+    assert get_vae() == folder and len(hub.requests) == 2
+    (folder / WEIGHTS).write_bytes(vae_files[WEIGHTS] + b"?")
+    with pytest.raises(InputError, match="recorded at its first use"):
+        get_vae()
+
+
+def test_a_broken_vae_download_is_resumed_at_the_file_that_broke(get_vae, hub, vae_files, tmp_path):
+    hub.cuts = [None, 100_000] + [0] * 10
+    with pytest.raises(InputError, match="100,000 bytes that came are kept"):
+        get_vae()
+    hub.cuts, hub.requests = [], []
+    assert (get_vae() / WEIGHTS).read_bytes() == vae_files[WEIGHTS]
+    assert hub.requests == ["bytes=100000-"]
+
+
+@pytest.mark.parametrize(("name", "reason"), [("config.json", "not JSON"), (WEIGHTS, "not a whole safetensors file")])
+def test_what_is_no_vae_is_not_kept(get_vae, hub, tmp_path, name, reason):
+    commit, _ = OFFICIAL_VAES[VAE]
+    hub.paths[f"/{commit}/{name}"] = b"<html>Please log in to the hotel's network</html>"
+    with pytest.raises(InputError, match=reason):
+        get_vae()
+    assert name not in left_in(tmp_path / "cache" / VAE)
+
+
+def test_a_vae_with_a_known_checksum(get_vae, monkeypatch, tmp_path):
+    commit, checksums = OFFICIAL_VAES[VAE]
+    monkeypatch.setitem(OFFICIAL_VAES, VAE, (commit, checksums | {WEIGHTS: "0" * 64}))
+    with pytest.raises(InputError, match="SHA-256.*0000"):
+        get_vae()
+    assert WEIGHTS not in left_in(tmp_path / "cache" / VAE)
+
+
+def test_no_network_says_where_the_vae_belongs(tmp_path):
+    with pytest.raises(InputError) as caught:
+        official_vae(VAE, tmp_path / "cache", pause=0.0)
+    commit, _ = OFFICIAL_VAES[VAE]
+    message = str(caught.value)
+    assert f"{HUB_URL}/{commit}/config.json" in message and f"into {tmp_path / 'cache' / VAE} as config.json" in message
+    assert "\n" not in message
+
+
+def test_a_vae_needs_no_torch(get_vae, hub, tmp_path):
+    program = f"""
+import sys
+sys.modules["torch"] = None  # as if it were not installed
+from convert.download import official_vae
+print(official_vae({VAE!r}, {str(tmp_path / "cache")!r}, base_url={hub.url!r}))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == str(tmp_path / "cache" / VAE)
+
+
+def test_unknown_vaes():
+    with pytest.raises(InputError, match="no official VAE 'sdxl'; there are sd-vae-ft-ema, sd-vae-ft-mse"):
+        official_vae("sdxl")
+
+
+# What quality is measured with -----------------------------------------------------------------------------------------
+
+
+def test_the_reference_statistics_are_found_and_watched(tmp_path):
+    archive = io.BytesIO()
+    np.savez(archive, mu=np.zeros(3))
+    name = OFFICIAL_EVALUATION["imagenet256"][1]
+    (tmp_path / name).write_bytes(archive.getvalue())
+    found = official_evaluation("imagenet256", tmp_path, base_url="http://127.0.0.1:1")  # put there by hand
+    assert found == tmp_path / name and (tmp_path / f"{name}.sha256").exists()
+    (tmp_path / name).write_bytes(archive.getvalue()[:-30])
+    with pytest.raises(InputError, match="VIRTUAL_imagenet256_labeled"):
+        official_evaluation("imagenet256", tmp_path, base_url="http://127.0.0.1:1")
+
+
+def test_official_names_of_every_kind(monkeypatch, tmp_path):
+    monkeypatch.setenv("VQ4DIT_CACHE", str(tmp_path))
+    names = [*OFFICIAL_CHECKPOINTS, *OFFICIAL_VAES, *OFFICIAL_EVALUATION]
+    for name in names:
+        with pytest.raises(InputError, match="nothing is downloaded for this run"):
+            official(name, download=False)
+    with pytest.raises(InputError, match="imagenet512"):
+        official("imagenet1024")
+    assert not list(tmp_path.iterdir())
