@@ -151,6 +151,8 @@ def _open_torch(path: pathlib.Path) -> Checkpoint:
     except Exception as error:  # what an unpickler raises on a broken file is not limited to any few types
         raise InputError(_why_unreadable(path, error)) from None
     tensors, wrapper = _unwrap(path, loaded)
+    # Counters that torch's batch norms keep beside their statistics; they are no weights.
+    tensors = {n: t for n, t in tensors.items() if not str(n).endswith(".num_batches_tracked")}
     for name, tensor in tensors.items():
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
             raise InputError(f"{path}: {name!r} is a {type(tensor).__name__}; only named tensors are wanted")
