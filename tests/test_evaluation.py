@@ -1,6 +1,7 @@
-"""Metrics against scipy, brute force and closed forms; figures that cannot be computed; reference files."""
+"""Metrics against scipy, scikit-learn, brute force, closed forms and TF-GAN called directly; figures that have no value."""
 
-import importlib.util
+import dataclasses
+import importlib
 import json
 import logging
 import subprocess
@@ -12,60 +13,34 @@ import numpy as np
 import pytest
 import scipy.linalg
 import scipy.special
-from PIL import Image
+from evaluation_cases import correlated, images, linear_classifier, needs_tfgan, rng
 from scipy.spatial.distance import cdist
+from sklearn.metrics.pairwise import polynomial_kernel
 
 from vq4dit_jax import evaluation
 from vq4dit_jax.errors import InputError, MissingExtraError
 from vq4dit_jax.evaluation import (
     Classifier,
     Moments,
+    compute_reference,
     evaluate,
+    evaluate_with_reasons,
     frechet_distance,
     inception_score,
+    kernel_distance,
+    measure,
     metrics,
     moments,
+    open_images,
     precision_and_recall,
     precision_recall,
-    reference,
     tfgan,
 )
-from vq4dit_jax.files import asset
-
-needs_tfgan = pytest.mark.skipif(
-    any(importlib.util.find_spec(name) is None for name in ("tensorflow", "tensorflow_probability", "tensorflow_gan")),
-    reason="needs TF-GAN: the extra 'tfgan' is not installed",
-)
-
-
-def rng(seed: int = 0) -> np.random.Generator:
-    return np.random.default_rng(seed)
-
-
-def correlated(seed: int, count: int, width: int) -> np.ndarray:
-    generator = rng(seed)
-    mixing = generator.normal(size=(width, width)) / np.sqrt(width)
-    return generator.normal(size=(count, width)) @ mixing + generator.normal(size=(1, width))
-
-
-def linear_classifier(name: str = "linear") -> Classifier:
-    """A network anyone can check: features are fixed projections of the pixels."""
-    weights = rng(5).normal(size=(8 * 8 * 3, 6 + 9 + 4)) / 255
-
-    def apply(images):
-        outputs = (images.reshape(len(images), -1) @ weights).astype(np.float32)
-        return {"pool": outputs[:, :6], "spatial": outputs[:, 6:15], "logits": outputs[:, 15:]}
-
-    return Classifier(name, apply, title="Linear net")
-
-
-def images(count: int, seed: int = 0) -> np.ndarray:
-    return rng(seed).integers(0, 256, (count, 8, 8, 3), np.uint8)
 
 
 @pytest.fixture(scope="module")
 def real() -> evaluation.ReferenceStatistics:
-    return reference.compute_reference(images(50, seed=99), linear_classifier(), "50 images of noise")
+    return compute_reference(images(50, seed=99), linear_classifier(), "50 images of noise")
 
 
 # Frechet distance
@@ -133,6 +108,61 @@ def test_inception_score_agrees_with_scipy():
     assert inception_score(rng().permutation(logits)) == pytest.approx(expected, rel=1e-9)
 
 
+@needs_tfgan
+@pytest.mark.parametrize("count", [3, 20, 21, 60])
+def test_streamed_score_is_the_mean_over_splits_whatever_the_batches(monkeypatch, count):
+    monkeypatch.setattr(tfgan, "IS_SPLIT", 20)
+    logits = rng().normal(scale=3, size=(count, 7)).astype(np.float32)
+    expected = np.mean([inception_score(logits[i : i + 20]) for i in range(0, count, 20)])
+    for batch in (1, 7, 20, 100):
+        score = tfgan.StreamingInceptionScore()
+        for i in range(0, count, batch):
+            score.update(logits[i : i + batch])
+        assert score.result() == pytest.approx(expected, rel=1e-13)
+
+
+# Kernel distance
+
+
+def unbiased_mmd(a: np.ndarray, b: np.ndarray) -> float:
+    """Squared maximum mean discrepancy with the U-statistic, by scikit-learn's polynomial kernel."""
+
+    def mean_off_diagonal(x):
+        kernel = polynomial_kernel(x, degree=3, gamma=1 / x.shape[1], coef0=1)
+        return (kernel.sum() - np.trace(kernel)) / (len(x) * (len(x) - 1))
+
+    cross = polynomial_kernel(a, b, degree=3, gamma=1 / a.shape[1], coef0=1).mean()
+    return mean_off_diagonal(a) + mean_off_diagonal(b) - 2 * cross
+
+
+@needs_tfgan
+@pytest.mark.parametrize("count, other_count, width", [(2, 2, 3), (100, 300, 16), (1024, 900, 8)])
+def test_kernel_distance_of_one_block_agrees_with_scikit_learn(count, other_count, width):
+    a, b = correlated(1, count, width), correlated(2, other_count, width)
+    assert kernel_distance(a, b) == pytest.approx(unbiased_mmd(a, b), rel=1e-9)
+    assert kernel_distance(a.astype(np.float32), b.astype(np.float16)) == pytest.approx(unbiased_mmd(a, b), rel=1e-2)
+
+
+@needs_tfgan
+def test_kernel_distance_of_several_blocks_is_their_mean_and_does_not_mind_sorted_features():
+    a, b = correlated(1, 2100, 4), correlated(1, 2100, 4) + 0.1  # three blocks of 700
+    a = a[np.argsort(a[:, 0])]
+    shuffled = [x[np.random.default_rng(0).permutation(2100)] for x in (a, b)]
+    expected = np.mean([unbiased_mmd(x, y) for x, y in zip(*(np.split(s, 3) for s in shuffled))])
+    assert kernel_distance(a, b) == pytest.approx(expected, rel=1e-9)
+    assert kernel_distance(a, b) == pytest.approx(unbiased_mmd(a, b), rel=0.5)
+    in_order = np.mean([unbiased_mmd(x, y) for x, y in zip(np.split(a, 3), np.split(b, 3))])
+    assert abs(in_order - unbiased_mmd(a, b)) > 10 * abs(kernel_distance(a, b) - unbiased_mmd(a, b))
+
+
+@pytest.mark.parametrize(
+    "n, m, defined",
+    [(2, 2, True), (1, 2, False), (2, 1, False), (0, 0, False), (4, 1025, True), (3, 1025, False), (10, 50_000, False)],
+)
+def test_where_the_kernel_distance_is_defined(n, m, defined):
+    assert tfgan.kernel_distance_is_defined(n, m) is defined
+
+
 # Precision and recall
 
 
@@ -157,12 +187,12 @@ def test_precision_and_recall_agree_with_brute_force(seed, counts, width, k, off
     assert precision_and_recall(a, b, neighbours=k) == brute_force(a, b, k)
 
 
-@pytest.mark.parametrize("elements", [1, 70, 1000])
-def test_precision_and_recall_do_not_depend_on_blocks_and_order(monkeypatch, elements):
+@pytest.mark.parametrize("block", [1, 7, 45, 60])
+def test_precision_and_recall_do_not_depend_on_blocks_and_order(monkeypatch, block):
     a, b = rng(1).normal(size=(60, 5)), 1.3 * rng(2).normal(size=(40, 5))
     expected = brute_force(a, b, 3)
     assert 0 < expected[0] < 1 and 0 < expected[1] < 1
-    monkeypatch.setattr(precision_recall, "_BLOCK_ELEMENTS", elements)
+    monkeypatch.setattr(precision_recall, "_BLOCK", block)
     assert precision_and_recall(a, b) == expected
     assert precision_and_recall(b, a) == expected[::-1]
     assert precision_and_recall(rng().permutation(a), rng(1).permutation(b)) == expected
@@ -251,7 +281,7 @@ def test_a_network_that_gives_nan_or_no_logits(real):
 
 
 def test_without_tfgan_its_figures_are_none_and_the_log_says_how_to_get_it(real, monkeypatch, caplog):
-    tfgan._classifier_metrics.cache_clear()
+    tfgan.classifier_metrics.cache_clear()
     monkeypatch.setitem(sys.modules, "tensorflow", None)  # what `import` finds where a package is not installed
     with pytest.raises(MissingExtraError, match=r"vq4dit-jax\[tfgan\]"):
         inception_score(np.zeros((2, 2)))
@@ -267,6 +297,94 @@ def test_evaluate_refuses_what_does_not_belong_together(real):
     for bad in (images(9).astype(np.float32), images(0), images(9)[0], images(9)[..., :1]):
         with pytest.raises(InputError, match=r"uint8 \(N, H, W, 3\)"):
             evaluate(bad, linear_classifier(), real)
+
+
+@needs_tfgan
+def test_figures_are_those_of_tfgan_called_with_our_network_as_classifier_fn(real):
+    """FID, sFID, IS and KID by TF-GAN's functions of images, from pixels to figure, against ours."""
+    classifier, generated, originals = linear_classifier(), images(20, seed=1), images(50, seed=99)
+    reference = compute_reference(originals, classifier)
+    ours = measure(open_images(generated), classifier, reference, batch_size=7).figures
+    tensorflow, theirs = importlib.import_module("tensorflow"), tfgan.classifier_metrics()
+    pool, spatial, logits = (tfgan.classifier_fn(classifier, name) for name in ("pool", "spatial", "logits"))
+    a, b = (tensorflow.convert_to_tensor(x.astype(np.float32)) for x in (originals, generated))
+    with tfgan._quiet():
+        assert ours["fd"] == pytest.approx(float(theirs.frechet_classifier_distance(a, b, pool)), rel=1e-4)
+        assert ours["sfd"] == pytest.approx(float(theirs.frechet_classifier_distance(a, b, spatial)), rel=1e-4)
+        assert ours["is"] == pytest.approx(float(theirs.classifier_score(b, logits)), rel=1e-5)
+        kernel = float(theirs.kernel_classifier_distance(a, b, pool, dtype=tensorflow.float64))
+    assert ours["kd"] == pytest.approx(kernel, abs=1e-2 * abs(kernel))  # the reference's features are float16
+
+
+@needs_tfgan
+def test_a_set_against_itself():
+    reference = compute_reference(images(50), linear_classifier(), "themselves")
+    figures = measure(open_images(images(50)), linear_classifier(), reference).figures
+    assert abs(figures["fd"]) < 1e-6 and abs(figures["sfd"]) < 1e-4
+    assert figures["precision"] == figures["recall"] == 1.0
+
+
+@needs_tfgan
+def test_batches_do_not_change_the_figures(real):
+    found = [measure(open_images(images(50)), linear_classifier(), real, batch_size=b) for b in (1, 7, 50, 64)]
+    for other in found[1:]:
+        assert other.figures == pytest.approx(found[0].figures, rel=1e-6)  # numpy's matrix product, by its shape
+
+
+@needs_tfgan
+def test_files_and_folders_of_images_are_evaluated_as_arrays_are(real, tmp_path):
+    np.savez_compressed(tmp_path / "a.npz", images(450, seed=1))
+    np.savez(tmp_path / "b.npz", images(450, seed=2))
+    in_memory = evaluate(images(450, seed=1), linear_classifier(), real, images(450, seed=2))
+    assert evaluate(tmp_path / "a.npz", linear_classifier(), real, str(tmp_path / "b.npz")) == in_memory
+    with pytest.raises(InputError, match=r"\(450, 8, 8, 3\).*\(3, 8, 8, 3\)"):
+        evaluate(tmp_path / "a.npz", None, None, images(3))
+
+
+@needs_tfgan
+@pytest.mark.parametrize(
+    "part, figures, reason",
+    [
+        ("features", ["kd", "precision", "recall"], "no features"),
+        ("mu", ["fd"], "no mu"),
+        ("mu_s", ["sfd"], "no mu_s"),
+    ],
+)
+def test_what_the_reference_lacks_is_none_with_the_reason(real, part, figures, reason):
+    found = measure(open_images(images(9)), linear_classifier(), dataclasses.replace(real, **{part: None}))
+    assert [name for name, value in found.figures.items() if value is None] == figures == list(found.reasons)
+    assert all(text == f"the reference has {reason}" for text in found.reasons.values())
+
+
+@needs_tfgan
+def test_every_none_has_its_reason_and_the_log_says_it(real, caplog):
+    found = measure(open_images(images(3)), linear_classifier(logits=False), real)
+    assert found.reasons == {
+        "is": "Linear net has no logits here: weights of its last layers are needed",
+        "precision": "3 images and 50 real ones are too few for 3 nearest neighbours",
+        "recall": "3 images and 50 real ones are too few for 3 nearest neighbours",
+    }
+    with caplog.at_level(logging.WARNING, logger="absl"):
+        evaluate(images(3), linear_classifier(logits=False), real)
+    assert "is of 3 images not computed: Linear net has no logits" in caplog.text
+    assert "precision, recall of 3 images not computed: 3 images and 50 real ones" in caplog.text
+
+
+def test_reasons_of_what_is_not_computed_at_all():
+    figures, reasons = evaluate_with_reasons(images(3), None, None)
+    assert figures == dict.fromkeys(KEYS[:6]) | {"num_images": 3, "features": "none"}
+    assert set(reasons) == set(KEYS[:6]) and reasons["fd"] == "there is no feature network"
+    figures, reasons = evaluate_with_reasons(images(3), None, None, images(3))
+    assert figures["psnr_to_fp_db"] == 99.0 and set(reasons) == set(KEYS[:5])
+
+
+def test_a_reference_of_other_weights_or_width_is_refused(real):
+    other = dataclasses.replace(real, weights="a" * 64)
+    with pytest.raises(InputError, match="other weights of 'linear'.*evaluation.reference"):
+        measure(open_images(images(9)), linear_classifier(checksum="b" * 64), other)
+    wide = dataclasses.replace(real, mu=np.zeros(7), sigma=np.eye(7))
+    with pytest.raises(InputError, match="mu has 7 features, and Linear net has 6"):
+        measure(open_images(images(9)), linear_classifier(), wide)
 
 
 # Feature networks
@@ -289,121 +407,6 @@ def test_classifier_by_name():
     assert evaluation.load_classifier("cifar10_resnet56") is evaluation.load_classifier("cifar10_resnet56")
     with pytest.raises(InputError, match="there are: cifar10_resnet56"):
         evaluation.load_classifier("vgg")
-
-
-# Reference statistics
-
-
-def test_reference_survives_saving(real, tmp_path):
-    evaluation.save_reference(tmp_path / "a.npz", real)
-    loaded = evaluation.load_reference(tmp_path / "a.npz")
-    for name in ("mu", "sigma", "mu_s", "sigma_s", "features"):
-        np.testing.assert_array_equal(getattr(loaded, name), getattr(real, name))
-        assert getattr(loaded, name).dtype == (np.float16 if name == "features" else np.float64)
-    assert (loaded.count, loaded.classifier, loaded.source) == (50, "linear", "50 images of noise")
-    assert loaded.checksum == real.checksum
-    evaluation.save_reference(tmp_path / "b.npz", loaded)
-    assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
-
-
-def test_moments_agree_with_numpy():
-    x = correlated(0, 30, 4).astype(np.float32)
-    mu, sigma = moments(x)
-    np.testing.assert_allclose(mu, x.astype(np.float64).mean(0), rtol=1e-12)
-    np.testing.assert_allclose(sigma, np.cov(x.T.astype(np.float64)), rtol=1e-12)
-    assert mu.dtype == sigma.dtype == np.float64
-
-
-def test_features_beyond_float16_are_kept_in_float32():
-    sound = linear_classifier()
-
-    def large(batch):
-        return {name: 1e6 * value for name, value in sound.apply(batch).items()}
-
-    statistics = reference.compute_reference(images(9), Classifier("large", large, title="Large"), "noise")
-    assert statistics.features.dtype == np.float32
-
-
-def damaged(path, **changes):
-    arrays = dict(np.load(path)) | changes
-    np.savez(path, **arrays)
-
-
-@pytest.mark.parametrize(
-    "damage, message",
-    [
-        (lambda p: p.unlink(), "no such file"),
-        (lambda p: p.write_bytes(p.read_bytes()[:-200]), "not readable"),
-        (lambda p: p.write_bytes(b""), "not readable"),
-        (lambda p: p.write_text("hello"), "not readable"),
-        (lambda p: np.savez(p, arr_0=np.zeros(3)), "not reference statistics of format 1"),
-        (lambda p: np.savez(p, mu=np.array([print], object)), "not readable"),
-        (lambda p: np.save(p, np.zeros(3)) or p.with_suffix(".npz.npy").rename(p), "not readable"),
-        (lambda p: damaged(p, format=np.asarray(2)), "not reference statistics of format 1"),
-        (lambda p: damaged(p, mu=np.zeros(6)), "checksum"),
-        (lambda p: damaged(p, mu=np.zeros(5)), "checksum"),
-        (lambda p: damaged(p, source=np.asarray("other images")), "checksum"),
-    ],
-)
-def test_damaged_reference_is_refused(real, tmp_path, damage, message):
-    path = tmp_path / "reference.npz"
-    evaluation.save_reference(path, real)
-    damage(path)
-    with pytest.raises(InputError, match=message) as caught:
-        evaluation.load_reference(path)
-    assert str(path) in str(caught.value)
-
-
-def test_shipped_reference():
-    shipped = evaluation.load_reference(asset("cifar10_reference.npz"))
-    assert (shipped.count, shipped.classifier) == (10_000, "cifar10_resnet56")
-    assert shipped.source == "10,000 test images (JPEG)"
-    assert shipped.sigma.shape == (64, 64) and shipped.sigma_s.shape == (448, 448)
-    mu, sigma = moments(shipped.features)
-    np.testing.assert_allclose(mu, shipped.mu, rtol=1e-4)
-    np.testing.assert_allclose(sigma, shipped.sigma, atol=1e-3 * np.abs(sigma).max())
-    assert asset("cifar10_reference.npz").stat().st_size < 2.5e6
-
-
-# The command
-
-
-@pytest.fixture
-def folder(tmp_path):
-    for index, image in enumerate(rng().integers(0, 256, (6, 32, 32, 3), np.uint8)):
-        path = tmp_path / "dogs" / f"{index % 2}" / f"{index}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image).save(path)
-    return tmp_path / "dogs"
-
-
-def test_command_makes_reference_statistics_of_a_folder(folder, tmp_path, capsys):
-    reference.main([str(folder), str(tmp_path / "out.npz")])
-    made = evaluation.load_reference(tmp_path / "out.npz")
-    assert made.source == "6 dogs images (PNG)" and made.checksum in capsys.readouterr().out
-    stored = reference.read_images(reference.find_images(folder))
-    np.testing.assert_array_equal(stored, rng().integers(0, 256, (6, 32, 32, 3), np.uint8)[[0, 2, 4, 1, 3, 5]])
-    outputs = evaluation.extract_features(evaluation.load_classifier("cifar10_resnet56"), stored)
-    np.testing.assert_allclose(made.mu, outputs["pool"].astype(np.float64).mean(0), rtol=1e-6)
-
-
-@pytest.mark.parametrize(
-    "spoil, message",
-    [
-        (lambda f: (f / "0/0.png").write_bytes(b"no image"), "0/0.png: not readable as an image"),
-        (lambda f: Image.new("RGB", (16, 8)).save(f / "1/1.png"), "1/1.png: 16x8 pixels"),
-        (lambda f: f.rename(f.with_name("cats")), "no such folder"),
-        (lambda f: [p.unlink() for p in f.rglob("*.png")], "no images in it"),
-        (lambda f: [p.unlink() for p in f.rglob("[1-9].png")], "at least 2"),
-    ],
-)
-def test_command_refuses_bad_folders_in_one_line(folder, tmp_path, capsys, spoil, message):
-    spoil(folder)
-    with pytest.raises(SystemExit) as caught:
-        reference.main([str(folder), str(tmp_path / "out.npz")])
-    error = capsys.readouterr().err
-    assert caught.value.code == 2 and message in error and error.count("\n") == 1
-    assert not (tmp_path / "out.npz").exists()
 
 
 # Other processes

@@ -1,6 +1,8 @@
-"""The quality entries of metrics.json: one set of images against one reference."""
+"""Figures of one set of images against one reference; what cannot be computed has a reason instead."""
 
+import dataclasses
 import math
+import os
 from typing import Any
 
 import numpy as np
@@ -8,13 +10,123 @@ from absl import logging
 from jaxtyping import Float64
 
 from vq4dit_jax.errors import InputError, MissingExtraError
-from vq4dit_jax.evaluation.classifiers import Classifier, extract_features
+from vq4dit_jax.evaluation import tfgan
+from vq4dit_jax.evaluation.classifiers import Classifier
+from vq4dit_jax.evaluation.extraction import Extracted, extract
+from vq4dit_jax.evaluation.images import ImageSet, open_images
 from vq4dit_jax.evaluation.precision_recall import NEIGHBOURS, precision_and_recall
-from vq4dit_jax.evaluation.statistics import Moments, ReferenceStatistics
-from vq4dit_jax.evaluation.tfgan import frechet_distance, inception_score
+from vq4dit_jax.evaluation.statistics import ReferenceStatistics
 
 # Equal images have an infinite PSNR, which strict JSON cannot say; one value stands for all above it.
 PSNR_CAP_DB = 99.0
+_READ_AT_ONCE = 100
+FIGURES = ("fd", "sfd", "is", "kd", "precision", "recall")
+_FROM_TFGAN = FIGURES[:4]
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """Figures by name, and for each that is None the reason, in words.
+
+    Attributes:
+      figures: fd, sfd: Frechet distance on the classifier's features, and on its spatial features; is: Inception
+        score's formula on its logits, the mean over consecutive splits of 5,000 images, as ADM's evaluator has it;
+        kd: kernel distance on the features; precision, recall: k = 3 nearest neighbours, on the features.
+      reasons: why a figure is None.
+      width: number of features.
+    """
+
+    figures: dict[str, float | None]
+    reasons: dict[str, str]
+    width: int
+
+
+def measure(
+    images: ImageSet, classifier: Classifier, reference: ReferenceStatistics, batch_size: int | None = None
+) -> Measurement:
+    """All figures of the images against the reference, made with the same classifier; InputError otherwise.
+
+    Images are read once, `batch_size` at a time (the classifier's own if not given); features are held, in float32, only
+    where the reference has features too.
+    """
+    check_same_network(classifier, reference)
+    no_tfgan = _why_no_tfgan()
+    compare_features = reference.features is not None
+    found = extract(
+        classifier, images, np.full(len(images), compare_features), no_tfgan is None and len(images) > 1, batch_size
+    )
+    _check_widths(found, classifier, reference)
+    reasons = _obstacles(found, len(images), classifier, reference, no_tfgan)
+    figures: dict[str, float | None] = dict.fromkeys(FIGURES)
+    if "fd" not in reasons:
+        figures["fd"] = tfgan.frechet_distance(found.moments.finalize(), reference.moments)
+    if "sfd" not in reasons:
+        figures["sfd"] = tfgan.frechet_distance(found.spatial.finalize(), reference.spatial_moments)
+    if "is" not in reasons:
+        figures["is"] = found.inception_score
+    if "kd" not in reasons:
+        figures["kd"] = tfgan.kernel_distance(found.kept, reference.features)
+    if "precision" not in reasons:
+        figures["precision"], figures["recall"] = precision_and_recall(reference.features, found.kept)
+    for name, value in figures.items():
+        if value is not None and not math.isfinite(value):
+            figures[name], reasons[name] = None, f"it came out as {value}"
+    return Measurement(figures, {name: reasons[name] for name in FIGURES if name in reasons}, found.width)
+
+
+def check_same_network(classifier: Classifier, reference: ReferenceStatistics) -> None:
+    """InputError unless the reference was made with this network and its weights."""
+    remedy = "make them with `python -m vq4dit_jax.evaluation.reference`"
+    if reference.classifier != classifier.name:
+        raise InputError(
+            f"the reference statistics were made with the classifier {reference.classifier!r}, not with"
+            f" {classifier.name!r}; {remedy}"
+        )
+    if reference.weights and classifier.checksum and reference.weights != classifier.checksum:
+        raise InputError(
+            f"the reference statistics were made with other weights of {classifier.name!r} (checksum"
+            f" {reference.weights[:12]}..., here {classifier.checksum[:12]}...); {remedy}"
+        )
+
+
+def _why_no_tfgan() -> str | None:
+    try:
+        tfgan.classifier_metrics()
+        return None
+    except MissingExtraError as error:
+        return str(error)
+
+
+def _obstacles(
+    found: Extracted, count: int, classifier: Classifier, reference: ReferenceStatistics, no_tfgan: str | None
+) -> dict[str, str]:
+    """Why figures cannot be computed, by their names."""
+    if not found.finite:
+        return dict.fromkeys(FIGURES, f"{classifier.title} gives features that are not finite numbers")
+    reasons = dict.fromkeys(_FROM_TFGAN, no_tfgan) if no_tfgan else {}
+
+    def add(names: tuple[str, ...], obstacle: bool, reason: str) -> None:
+        if obstacle:
+            reasons.update({name: reason for name in names if name not in reasons})
+
+    for names, part in (("fd",), "mu"), (("sfd",), "mu_s"), (("kd", "precision", "recall"), "features"):
+        absent = getattr(reference, part) is None
+        add(names, absent, reference.missing.get(part, f"the reference has no {part}"))
+    add(("is",), not found.has_logits, f"{classifier.title} has no logits here: weights of its last layers are needed")
+    add(("fd", "sfd", "is"), count < 2, f"2 images are needed, and there is {count}")
+    if reference.features is not None:
+        real = len(reference.features)
+        few = f"{count} images and {real} real ones are too few"
+        add(("precision", "recall"), min(count, real) <= NEIGHBOURS, f"{few} for {NEIGHBOURS} nearest neighbours")
+        add(("kd",), not tfgan.kernel_distance_is_defined(count, real), f"{few} for two in each block of the estimator")
+    return reasons
+
+
+def _check_widths(found: Extracted, classifier: Classifier, reference: ReferenceStatistics) -> None:
+    for part, width in ("mu", found.width), ("mu_s", found.spatial_width):
+        theirs = getattr(reference, part)
+        if theirs is not None and len(theirs) != width:
+            raise InputError(f"the reference's {part} has {len(theirs)} features, and {classifier.title} has {width}")
 
 
 def psnr_db(images: np.ndarray, originals: np.ndarray) -> Float64[np.ndarray, " N"]:
@@ -35,63 +147,60 @@ def psnr_db(images: np.ndarray, originals: np.ndarray) -> Float64[np.ndarray, " 
 
 
 def evaluate(
-    images: np.ndarray,
+    images: np.ndarray | str | os.PathLike,
     classifier: Classifier | None,
     reference: ReferenceStatistics | None,
-    full_precision_images: np.ndarray | None = None,
+    full_precision_images: np.ndarray | str | os.PathLike | None = None,
 ) -> dict[str, Any]:
     """Quality of generated images. None stands for a figure that cannot be computed: never NaN, always strict JSON.
 
     Args:
-      images: uint8 (N, H, W, 3), N >= 1.
+      images: uint8 (N, H, W, 3), N >= 1; or a file or folder of them, as in `open_images`, which is then not held in memory.
       classifier: the feature network; None where there is none, and then only the PSNR is computed.
       reference: of the real images, made with the same classifier; InputError otherwise.
       full_precision_images: what the full-precision model made of the same seeds and labels, as `images`.
 
     Returns: dict with the keys
-      fd, sfd: Frechet distance on the classifier's features, and on its spatial features; N >= 2.
-      is: Inception score's formula on the classifier's logits, over all images at once; N >= 2.
-      precision, recall: k = 3 nearest neighbours, on the features; N >= 4.
+      fd, sfd, is, precision, recall: see `Measurement`; `evaluate_with_reasons` and the log say why one is None.
       psnr_to_fp_db: median over the images of their PSNR to the full-precision ones, dB, at most 99.
       num_images: N.
       features: which network, layer and real images these figures belong to. They compare with no other's.
-    fd, sfd and is come from TF-GAN; where the extra `tfgan` is not installed they are None, and the log says so.
     """
+    return evaluate_with_reasons(images, classifier, reference, full_precision_images)[0]
+
+
+def evaluate_with_reasons(
+    images: np.ndarray | str | os.PathLike,
+    classifier: Classifier | None,
+    reference: ReferenceStatistics | None,
+    full_precision_images: np.ndarray | str | os.PathLike | None = None,
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """(what `evaluate` returns, the reasons of its figures that are None, by their names)."""
+    found = open_images(images)
     figures: dict[str, Any] = dict.fromkeys(("fd", "sfd", "is", "precision", "recall", "psnr_to_fp_db"))
-    described = "none"
-    if classifier is not None:
-        against_real, described = _against_reference(images, classifier, reference)
-        figures.update(against_real)
+    described, reasons = "none", {}
+    if classifier is None:
+        reasons = dict.fromkeys((name for name in figures if name in FIGURES), "there is no feature network")
+    else:
+        measured = measure(found, classifier, reference)
+        figures |= {name: measured.figures[name] for name in figures if name in measured.figures}
+        reasons = {name: reason for name, reason in measured.reasons.items() if name in figures}
+        for reason in dict.fromkeys(reasons.values()):
+            names = ", ".join(name for name in reasons if reasons[name] == reason)
+            logging.warning("%s of %s not computed: %s", names, found.description, reason)
+        described = f"{classifier.title} {classifier.features} ({measured.width}) against {reference.source}"
     if full_precision_images is not None:
-        figures["psnr_to_fp_db"] = float(np.median(psnr_db(images, full_precision_images)))
-    return {
-        **{name: value if value is not None and math.isfinite(value) else None for name, value in figures.items()},
-        "num_images": len(images),
-        "features": described,
-    }
+        figures["psnr_to_fp_db"] = _median_psnr(found, open_images(full_precision_images))
+    else:
+        reasons["psnr_to_fp_db"] = "there are no images to compare with"
+    return {**figures, "num_images": len(found), "features": described}, reasons
 
 
-def _against_reference(
-    images: np.ndarray, classifier: Classifier, reference: ReferenceStatistics
-) -> tuple[dict[str, float], str]:
-    """(the figures that compare with real images, what they were computed on)."""
-    if reference.classifier != classifier.name:
+def _median_psnr(images: ImageSet, originals: ImageSet) -> float:
+    if images.shape != originals.shape:
         raise InputError(
-            f"the reference statistics were made with the classifier {reference.classifier!r}, not with"
-            f" {classifier.name!r}; make them with `python -m vq4dit_jax.evaluation.reference`"
+            f"{images.description} have the shape {images.shape} and the full-precision ones {originals.shape};"
+            " equal shapes are wanted"
         )
-    outputs = extract_features(classifier, images)
-    features, figures = outputs[classifier.features], {}
-    finite = all(np.isfinite(value).all() for value in outputs.values())
-    if finite and len(images) >= 2:
-        try:
-            figures["fd"] = frechet_distance(features, Moments(reference.mu, reference.sigma))
-            figures["sfd"] = frechet_distance(outputs["spatial"], Moments(reference.mu_s, reference.sigma_s))
-            if "logits" in outputs:
-                figures["is"] = inception_score(outputs["logits"])
-        except MissingExtraError as error:
-            logging.warning("no Frechet distances and no Inception score: %s", error)
-    if finite and min(len(images), reference.count) > NEIGHBOURS:
-        figures["precision"], figures["recall"] = precision_and_recall(reference.features, features)
-    described = f"{classifier.title} {classifier.features} ({features.shape[1]}) against {reference.source}"
-    return figures, described
+    pairs = zip(images.batches(_READ_AT_ONCE), originals.batches(_READ_AT_ONCE), strict=True)
+    return float(np.median(np.concatenate([psnr_db(a, b) for a, b in pairs])))

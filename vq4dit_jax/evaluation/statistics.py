@@ -1,58 +1,63 @@
-"""Moments of features, and what has to be known of a set of real images: `ReferenceStatistics`, in one `.npz` file."""
+"""What has to be known of a set of real images, under one feature network: `ReferenceStatistics`, in one `.npz` file."""
 
 import dataclasses
 import hashlib
 import os
-import zipfile
-import zlib
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Float64
+from jaxtyping import Float
 
 from vq4dit_jax.errors import InputError
+from vq4dit_jax.evaluation import npz
+from vq4dit_jax.evaluation.streaming import Moments, StreamingMoments
 from vq4dit_jax.files import atomic_path
 
-FORMAT = 1
-
-
-class Moments(NamedTuple):
-    """Sample mean (D,) and unbiased covariance (D, D), float64."""
-
-    mu: Float64[np.ndarray, " D"]
-    sigma: Float64[np.ndarray, "D D"]
+FORMAT = 2
+# Format 1, that of the shipped CIFAR-10 file, had all arrays, the features of all images, and no checksum of the weights.
+_READ = (1, FORMAT)
 
 
 def moments(features: Float[np.ndarray, "N D"]) -> Moments:
-    """Mean and unbiased covariance of N >= 2 feature vectors, accumulated in float64."""
-    features = np.asarray(features, np.float64)
-    return Moments(features.mean(axis=0), np.cov(features, rowvar=False).reshape((features.shape[1],) * 2))
+    """Mean and unbiased covariance of N >= 2 feature vectors, in float64; the bits are those of `StreamingMoments`."""
+    return StreamingMoments().update(np.asarray(features)).finalize()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ReferenceStatistics:
-    """What the metrics need of the real images, under one feature network.
+    """What the metrics need of the real images. A part that is not known is None, and `missing` says why.
 
     Attributes:
-      mu, sigma: moments of the features: (D,), (D, D).
-      mu_s, sigma_s: moments of the spatial features: (E,), (E, E). sigma_s is stored in float32.
-      features: (count, D) float16 for precision and recall (float32 where float16 would overflow).
+      mu, sigma: moments of the features, float64 (D,), (D, D).
+      mu_s, sigma_s: moments of the spatial features, float64 (E,), (E, E). Files hold sigma_s in float32.
+      features: (M, D) of M of the images, for precision, recall and the kernel distance; float16, or float32 where
+        float16 would overflow.
       classifier: name of the feature network, as in `load_classifier`.
       source: what the images are, for people: "10,000 test images (JPEG)".
+      count: number of images that mu and sigma were made of; None where a file with moments alone does not tell.
+      weights: checksum of the network's weights; "" where it is not known.
+      missing: reasons, by the name of the part: "features", "mu" or "mu_s". Not kept in files.
     """
 
-    mu: Float64[np.ndarray, " D"]
-    sigma: Float64[np.ndarray, "D D"]
-    mu_s: Float64[np.ndarray, " E"]
-    sigma_s: Float64[np.ndarray, "E E"]
-    features: Float[np.ndarray, "N D"]
+    mu: Any
+    sigma: Any
+    mu_s: Any
+    sigma_s: Any
+    features: Any
     classifier: str
     source: str
+    count: int | None
+    weights: str = ""
+    missing: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
-    def count(self) -> int:
-        """Number of real images."""
-        return len(self.features)
+    def moments(self) -> Moments | None:
+        return None if self.mu is None else Moments(self.mu, self.sigma)
+
+    @property
+    def spatial_moments(self) -> Moments | None:
+        return None if self.mu_s is None else Moments(self.mu_s, self.sigma_s)
 
     @property
     def checksum(self) -> str:
@@ -60,12 +65,24 @@ class ReferenceStatistics:
         return _checksum(_to_arrays(self))
 
 
+_ARRAYS = ("mu", "sigma", "mu_s", "sigma_s", "features")
+
+
 def _to_arrays(reference: ReferenceStatistics) -> dict[str, np.ndarray]:
-    arrays = {field.name: np.asarray(getattr(reference, field.name)) for field in dataclasses.fields(reference)}
-    return arrays | {"sigma_s": reference.sigma_s.astype(np.float32), "format": np.asarray(FORMAT)}
+    arrays = {name: getattr(reference, name) for name in _ARRAYS if getattr(reference, name) is not None}
+    if "sigma_s" in arrays:
+        arrays["sigma_s"] = arrays["sigma_s"].astype(np.float32)
+    facts = {
+        "classifier": reference.classifier,
+        "source": reference.source,
+        "weights": reference.weights,
+        "count": -1 if reference.count is None else reference.count,
+        "format": FORMAT,
+    }
+    return arrays | {name: np.asarray(value) for name, value in facts.items()}
 
 
-def _checksum(arrays: dict[str, np.ndarray]) -> str:
+def _checksum(arrays: Mapping[str, np.ndarray]) -> str:
     digest = hashlib.sha256()
     for name, value in sorted(arrays.items()):
         digest.update(f"{name} {value.dtype.str} {value.shape} ".encode())
@@ -81,27 +98,31 @@ def save_reference(path: str | os.PathLike, reference: ReferenceStatistics) -> N
 
 def load_reference(path: str | os.PathLike) -> ReferenceStatistics:
     """Reads what `save_reference` wrote. InputError where the file is missing, damaged, or something else."""
-    try:
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as npz:
-            arrays = dict(npz)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file of reference statistics") from None
-    except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
-        raise InputError(f"{path}: not readable as reference statistics (.npz): {error}") from None
-    wanted = {field.name for field in dataclasses.fields(ReferenceStatistics)} | {"format", "checksum"}
-    if set(arrays) != wanted or arrays["format"] != FORMAT:
+    if not os.path.exists(path):
+        raise InputError(f"{path}: no such file of reference statistics")
+    arrays = npz.read_arrays(path)
+    version = next((v for v in _READ if is_reference(arrays) and np.array_equal(arrays["format"], v)), None)
+    if version is None:
         raise InputError(
-            f"{path}: not reference statistics of format {FORMAT};"
+            f"{path}: not reference statistics of format {FORMAT} or {_READ[0]};"
             " make them with `python -m vq4dit_jax.evaluation.reference`"
         )
     if _checksum({name: value for name, value in arrays.items() if name != "checksum"}) != arrays["checksum"]:
         raise InputError(f"{path}: its checksum does not match its contents; the file is damaged, make it again")
+    values = {name: arrays.get(name) for name in _ARRAYS}
+    if values["sigma_s"] is not None:
+        values["sigma_s"] = values["sigma_s"].astype(np.float64)
+    count = int(arrays["count"]) if version == FORMAT else len(values["features"])
     return ReferenceStatistics(
-        arrays["mu"],
-        arrays["sigma"],
-        arrays["mu_s"],
-        arrays["sigma_s"].astype(np.float64),
-        arrays["features"],
-        str(arrays["classifier"]),
-        str(arrays["source"]),
+        **values,
+        classifier=str(arrays["classifier"]),
+        source=str(arrays["source"]),
+        count=None if count < 0 else count,
+        weights=str(arrays["weights"]) if version == FORMAT else "",
+        missing={name: f"the reference file {path} was made without it" for name in _ARRAYS if values[name] is None},
     )
+
+
+def is_reference(names: Any) -> bool:
+    """Whether an `.npz` with arrays of these names was written by `save_reference`."""
+    return {"format", "checksum", "classifier", "source"} <= set(names)

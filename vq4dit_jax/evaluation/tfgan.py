@@ -10,50 +10,112 @@ import functools
 import importlib
 import importlib.machinery
 import importlib.util
+import logging
 import os
 import sys
 import tempfile
 import types
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
 from vq4dit_jax.errors import MissingExtraError
-from vq4dit_jax.evaluation.statistics import Moments, moments
+from vq4dit_jax.evaluation.classifiers import Classifier
+from vq4dit_jax.evaluation.statistics import moments
+from vq4dit_jax.evaluation.streaming import Moments
+
+IS_SPLIT = 5000
+KID_BLOCK = 1024
 
 
-def frechet_distance(features: Float[np.ndarray, "N D"], other: Float[np.ndarray, "M D"] | Moments) -> float:
+def frechet_distance(features: Float[np.ndarray, "N D"] | Moments, other: Float[np.ndarray, "M D"] | Moments) -> float:
     """Squared Frechet distance of two Gaussians with the moments of the features; N, M >= 2 (Heusel et al. 2017).
 
-    |mu - mu'|^2 + tr(sigma + sigma' - 2 (sigma sigma')^(1/2)), in float64, with unbiased covariances.
-
-    Args:
-      other: features again, or their moments where only these are known.
+    |mu - mu'|^2 + tr(sigma + sigma' - 2 (sigma sigma')^(1/2)), in float64, with unbiased covariances. Each side is
+    features, or their moments where only these are known. Two singular value decompositions of (D, D): 15 s for
+    D = 2048 on a CPU core.
     """
-    metrics = _classifier_metrics()
-    features = np.asarray(features, np.float64)
-    with warnings.catch_warnings(action="ignore"):
-        if not isinstance(other, Moments):
-            distance = metrics.frechet_classifier_distance_from_activations(features, np.asarray(other, np.float64))
-            return float(distance.numpy())
+    metrics = classifier_metrics()
+    with _quiet():
+        if not isinstance(features, Moments) and not isinstance(other, Moments):
+            sides = np.asarray(features, np.float64), np.asarray(other, np.float64)
+            return float(metrics.frechet_classifier_distance_from_activations(*sides).numpy())
         # TF-GAN's function takes features on both sides; this is what it does once it has their moments.
-        mu, sigma = moments(features)
-        trace = np.trace(sigma + other.sigma) - 2.0 * metrics.trace_sqrt_product(sigma, other.sigma).numpy()
-        return float(trace + np.square(mu - other.mu).sum())
+        a, b = (side if isinstance(side, Moments) else moments(side) for side in (features, other))
+        trace = np.trace(a.sigma + b.sigma) - 2.0 * metrics.trace_sqrt_product(a.sigma, b.sigma).numpy()
+        return float(trace + np.square(a.mu - b.mu).sum())
+
+
+def kernel_distance(features: Float[np.ndarray, "N D"], other: Float[np.ndarray, "M D"]) -> float:
+    """Kernel Inception distance (Binkowski et al. 2018, arXiv 1801.01401), not multiplied by 1000, in float64.
+
+    The unbiased squared maximum mean discrepancy under k(x, y) = (x^T y / D + 1)^3, averaged over ceil(max(N, M) / 1024)
+    pairs of blocks; each block needs 2 vectors. TF-GAN takes the blocks from the features in their order and asks for a
+    random one (a folder of images is sorted by class): each side is permuted first, always in the same way.
+    """
+    metrics = classifier_metrics()
+    a, b = (side[np.random.default_rng(0).permutation(len(side))].astype(np.float64) for side in (features, other))
+    with _quiet():
+        convert = importlib.import_module("tensorflow").convert_to_tensor
+        return float(metrics.kernel_classifier_distance_from_activations(convert(a), convert(b), KID_BLOCK).numpy())
+
+
+def kernel_distance_is_defined(n: int, m: int) -> bool:
+    """Whether `kernel_distance` has at least 2 vectors of both sides for each block."""
+    return min(n, m) // -(-max(n, m, 1) // KID_BLOCK) >= 2
 
 
 def inception_score(logits: Float[np.ndarray, "N classes"]) -> float:
     """exp(E[KL(p(y|x) || p(y))]) over all images at once, in float64 (Salimans et al. 2016, arXiv 1606.03498)."""
-    metrics = _classifier_metrics()
-    with warnings.catch_warnings(action="ignore"):
+    metrics = classifier_metrics()
+    with _quiet():
         return float(metrics.classifier_score_from_logits(np.asarray(logits, np.float64)).numpy())
 
 
+class StreamingInceptionScore:
+    """Mean of `inception_score` over consecutive splits of 5,000 images, the last one with what is left.
+
+    That is what ADM's evaluator computes, and with it the figures of ADM, DiT and those who compare with them. Up to
+    5,000 images it is the score of all at once. No more than a split's logits are held.
+    """
+
+    def __init__(self):
+        self._scores, self._waiting = [], None
+
+    def update(self, logits: Float[np.ndarray, "n classes"]) -> None:
+        self._waiting = logits if self._waiting is None else np.concatenate([self._waiting, logits])
+        while len(self._waiting) >= IS_SPLIT:
+            self._scores.append(inception_score(self._waiting[:IS_SPLIT]))
+            self._waiting = self._waiting[IS_SPLIT:]
+
+    def result(self) -> float:
+        rest = [] if self._waiting is None or not len(self._waiting) else [inception_score(self._waiting)]
+        return float(np.mean(self._scores + rest))
+
+
+def classifier_fn(classifier: Classifier, output: str) -> Callable[[Any], Any]:
+    """One output of a feature network as TF-GAN's `classifier_fn`: a tensor of images 0..255 (B, H, W, 3) to (B, D).
+
+    For TF-GAN's functions of images, called eagerly; these want images and features of one dtype, so the images are given as
+    float32.
+    """
+    tensorflow = importlib.import_module("tensorflow")
+
+    def run(images: Any) -> Any:
+        return tensorflow.convert_to_tensor(classifier(images.numpy().astype(np.uint8))[output])
+
+    return run
+
+
 @functools.cache
-def _classifier_metrics() -> types.ModuleType:
-    """tensorflow_gan.python.eval.classifier_metrics. Takes some seconds the first time."""
+def classifier_metrics() -> types.ModuleType:
+    """`tensorflow_gan.python.eval.classifier_metrics`, as it is. Takes some seconds the first time.
+
+    MissingExtraError where it is not installed.
+    """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     try:
         with warnings.catch_warnings(action="ignore"), _stderr_only_on_failure():
@@ -65,7 +127,7 @@ def _classifier_metrics() -> types.ModuleType:
             return importlib.import_module("tensorflow_gan.python.eval.classifier_metrics")
     except ImportError as error:
         missing = (error.name or "tensorflow-gan").split(".")[0].replace("_", "-")
-        purpose = "computing the Frechet distance and the Inception score"
+        purpose = "computing FID, KID and the Inception score"
         raise MissingExtraError(missing, "tfgan", purpose) from error
 
 
@@ -81,6 +143,19 @@ def _register_empty_packages() -> None:
         empty = importlib.machinery.ModuleSpec(name, loader=None, is_package=True)
         empty.submodule_search_locations = path
         sys.modules[name] = importlib.util.module_from_spec(empty)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without TensorFlow's advice on how TF-GAN should be written today."""
+    logger = logging.getLogger("tensorflow")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 @contextlib.contextmanager
