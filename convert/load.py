@@ -14,6 +14,7 @@ from convert.diffusers import DIFFUSERS
 from convert.facebook import FACEBOOK
 from convert.layout import Layout, Shape
 from convert.readers import Checkpoint, open_checkpoint
+from vq4dit_jax import files
 from vq4dit_jax.errors import InputError
 from vq4dit_jax.models.dit import DIT_VARIANTS, DiT, sincos_positions
 
@@ -31,7 +32,8 @@ def load_pretrained(
 
     Args:
       path: a facebookresearch/DiT checkpoint (`.pt`, also with the weights under `ema`, `model` or `state_dict`), the
-        same names in a `.safetensors` file, or a diffusers model: its folder, or its weights' file.
+        same names in a `.safetensors` file, or a diffusers model: its folder, or its weights' file. `asset:NAME` is a
+        model that ships with this package: `asset:dit_cifar10.safetensors`.
       variant: "DiT-XL/2" and so on. Not needed; where given, the checkpoint must agree with it.
       num_heads: the one size that shapes do not tell. Found, in this order, in this argument, in the diffusers config
         or the safetensors metadata (`num_heads`), in the variant, and in the published variant of that depth and width.
@@ -47,7 +49,7 @@ def load_pretrained(
       InputError: whatever is wrong with the file or does not fit, in one line with the parameter's name.
       MissingExtraError: the file is PyTorch's and torch is not installed.
     """
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(files.resolve(os.fspath(path)))
     layout, model = describe(checkpoint, variant, num_heads=num_heads, num_classes=num_classes, input_size=input_size)
     leaves = {}
     for leaf_path, leaf in layout.leaves(checkpoint, model.depth, np.dtype(dtype)):

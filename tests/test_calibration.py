@@ -11,14 +11,15 @@ from models import inputs, tiny
 
 from vq4dit_jax import calibration, diffusion, files
 from vq4dit_jax.calibration import Recipe, losses
-from vq4dit_jax.calibration.calibrate import _threshold
+from vq4dit_jax.calibration.optimize import _threshold
 from vq4dit_jax.errors import InputError
 from vq4dit_jax.quantization import quantize
 from vq4dit_jax.vq import SoftVQArray, VQArray
 
+NETWORK = calibration.as_network(tiny()[0])
 RECIPE = Recipe(steps=6, batch=2, trajectory_steps=4, freeze_from=1.0, freeze_by=1.0)
-_update = jax.jit(calibration.update, static_argnames=("recipe", "model"))
-_advance = jax.jit(calibration.advance, static_argnames=("model", "cfg_scale"))
+_update = jax.jit(calibration.update, static_argnames=("recipe", "network"))
+_advance = jax.jit(calibration.advance, static_argnames=("network", "cfg_scale"))
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +39,9 @@ def _one_update(quantized, recipe, state=None, new_trajectory=True):
     student = calibration.make_student(recipe, teacher, kmeans)
     state = calibration.init(recipe, student) if state is None else state
     sched = diffusion.make_schedule(recipe.trajectory_steps)
-    where = calibration.begin(model, sched, jax.random.key_data(jax.random.key(3)), jnp.int32(0), recipe.batch)
-    batch, _ = _advance(model, teacher, sched, recipe.cfg_scale, where)
-    return student, state, *_update(recipe, model, state, student, batch, jnp.asarray(new_trajectory))
+    where = calibration.begin(NETWORK, sched, jax.random.key_data(jax.random.key(3)), jnp.int32(0), recipe.batch)
+    batch, _ = _advance(NETWORK, teacher, sched, recipe.cfg_scale, where)
+    return student, state, *_update(recipe, NETWORK, state, student, batch, jnp.asarray(new_trajectory))
 
 
 # The regularizers -------------------------------------------------------------------------------------------------
@@ -96,21 +97,21 @@ def test_the_released_regularizer_counts_only_above_its_minimum_of_the_trajector
 def test_a_student_equal_to_its_teacher_has_no_loss_and_no_error(quantized):
     model, teacher, _ = quantized
     sched = diffusion.make_schedule(4)
-    where = calibration.begin(model, sched, jax.random.key_data(jax.random.key(0)), jnp.int32(0), 2)
-    batch, _ = _advance(model, teacher, sched, 1.5, where)
-    found = [float(v) for v in losses.agreement(model, teacher, batch, 1.5)]
+    where = calibration.begin(NETWORK, sched, jax.random.key_data(jax.random.key(0)), jnp.int32(0), 2)
+    batch, _ = _advance(NETWORK, teacher, sched, 1.5, where)
+    found = [float(v) for v in losses.agreement(NETWORK, teacher, batch, 1.5)]
     assert found == pytest.approx([0, 0], abs=1e-6)  # the batch was compiled in another program
 
 
 def test_the_block_distance_is_the_mean_of_the_blocks_distances(quantized):
     model, teacher, kmeans = quantized
     sched = diffusion.make_schedule(4)
-    where = calibration.begin(model, sched, jax.random.key_data(jax.random.key(0)), jnp.int32(0), 2)
-    batch, _ = _advance(model, teacher, sched, 1.5, where)
+    where = calibration.begin(NETWORK, sched, jax.random.key_data(jax.random.key(0)), jnp.int32(0), 2)
+    batch, _ = _advance(NETWORK, teacher, sched, 1.5, where)
     _, blocks = model.apply({"params": kmeans}, batch.x, batch.t, batch.y, return_blocks=True)
     pairs = zip(np.asarray(blocks, np.float64), np.asarray(batch.blocks, np.float64), strict=True)
     wanted = np.mean([np.square(a - b).mean() for a, b in pairs])
-    found, _ = losses.agreement(model, kmeans, batch, 1.5)
+    found, _ = losses.agreement(NETWORK, kmeans, batch, 1.5)
     assert float(found) == pytest.approx(wanted, rel=1e-5)
 
 
@@ -180,11 +181,11 @@ def test_calibration_lowers_the_loss_of_the_hard_model(quantized):
     student = calibration.make_student(recipe, teacher, kmeans)
     state = calibration.init(recipe, student)
     sched = diffusion.make_schedule(recipe.trajectory_steps)
-    where = calibration.begin(model, sched, jax.random.key_data(jax.random.key(5)), jnp.int32(0), recipe.batch)
+    where = calibration.begin(NETWORK, sched, jax.random.key_data(jax.random.key(5)), jnp.int32(0), recipe.batch)
     for _ in range(recipe.steps):
         new = where.i == sched.num_steps - 1
-        batch, where = _advance(model, teacher, sched, recipe.cfg_scale, where)
-        state, metrics = _update(recipe, model, state, student, batch, new)
+        batch, where = _advance(NETWORK, teacher, sched, recipe.cfg_scale, where)
+        state, metrics = _update(recipe, NETWORK, state, student, batch, new)
     assert float(metrics["frozen_fraction"]) == 1
     hard = calibration.finalize(student, state)
     models = {"teacher": teacher, "kmeans": kmeans, "hard": hard}
@@ -196,7 +197,7 @@ def test_calibration_lowers_the_loss_of_the_hard_model(quantized):
 
 def test_finalize_takes_the_largest_ratio(quantized):
     student, _, after, _ = _one_update(quantized, RECIPE)
-    hard = calibration.finalize(student, after, jnp.float16)
+    hard = calibration.finalize(student, after)
     soft = _leaves(calibration.merge(student, after))
     packed = [
         leaf for leaf in jax.tree.leaves(hard, is_leaf=lambda n: isinstance(n, VQArray)) if isinstance(leaf, VQArray)
@@ -205,7 +206,7 @@ def test_finalize_takes_the_largest_ratio(quantized):
         best = np.asarray(leaf.logits).argmax(-3)
         wanted = np.take_along_axis(np.asarray(leaf.candidates), best[..., None, :, :], -3)[..., 0, :, :]
         np.testing.assert_array_equal(np.asarray(found.codes()), wanted)
-        assert found.codebook.dtype == jnp.float16
+        np.testing.assert_array_equal(np.asarray(found.codebook), np.asarray(leaf.codebook))
 
 
 # The teacher's trajectory -----------------------------------------------------------------------------------------
@@ -215,10 +216,10 @@ def test_the_trajectory_is_the_teachers_guided_ddpm_and_begins_anew_after_its_en
     model, teacher, _ = quantized
     sched = diffusion.make_schedule(3)
     key = jax.random.key(4)
-    where = calibration.begin(model, sched, jax.random.key_data(key), jnp.int32(0), 2)
+    where = calibration.begin(NETWORK, sched, jax.random.key_data(key), jnp.int32(0), 2)
     for i in (2, 1, 0):
         assert int(where.i) == i and int(where.number) == 0
-        batch, after = _advance(model, teacher, sched, 1.5, where)
+        batch, after = _advance(NETWORK, teacher, sched, 1.5, where)
         np.testing.assert_array_equal(np.asarray(batch.t), int(sched.timesteps[i]))
         both = jnp.concatenate([where.x, where.x])
         guided = model.apply({"params": teacher}, both, batch.t, batch.y, 1.5, method="forward_with_cfg")[:2]
@@ -229,7 +230,7 @@ def test_the_trajectory_is_the_teachers_guided_ddpm_and_begins_anew_after_its_en
             assert abs(noise.mean()) < 0.2 and abs(noise.std() - 1) < 0.2
         where = after
     assert int(where.i) == 2 and int(where.number) == 1
-    fresh = calibration.begin(model, sched, jax.random.key_data(key), jnp.int32(1), 2)
+    fresh = calibration.begin(NETWORK, sched, jax.random.key_data(key), jnp.int32(1), 2)
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), where, fresh)
 
 
@@ -238,8 +239,15 @@ def test_the_trajectory_is_the_teachers_guided_ddpm_and_begins_anew_after_its_en
 
 def _run(quantized, folder, recipe=RECIPE):
     model, teacher, kmeans = quantized
-    return calibration.run(
-        recipe, model, teacher, kmeans, jax.random.key(2), folder / "calibration", folder / "log.jsonl", save_every=2
+    return calibration.calibrate(
+        model,
+        teacher,
+        kmeans,
+        key=jax.random.key(2),
+        recipe=recipe,
+        folder=folder / "calibration",
+        log_file=folder / "log.jsonl",
+        save_every=2,
     )
 
 

@@ -23,6 +23,7 @@ _HOME = {
     "load_pretrained": "convert.load",
     "load_quantized": "vq4dit_jax.checkpoint",
     "load_safetensors": "vq4dit_jax.checkpoint",
+    "load_vae": "convert.vae",
     "quantize": "vq4dit_jax.quantization",
     "sample": "vq4dit_jax.sampling",
     "save_quantized": "vq4dit_jax.checkpoint",

@@ -10,7 +10,7 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import flax.traverse_util
@@ -28,6 +28,9 @@ from vq4dit_jax.vq import VQArray, validate
 
 FORMAT, VERSION = "vq4dit-jax", 1
 _PART = "part_"
+_FOREIGN = "foreign"
+Model = Any
+"""A `DiT`, or a dict of JSON values that describes a network that is not ours; `_describe` refuses others."""
 
 
 def _fields(model: DiT) -> dict[str, Any]:
@@ -35,6 +38,31 @@ def _fields(model: DiT) -> dict[str, Any]:
     skip = {"parent", "name", "remat"}  # remat is no property of the model
     values = {f.name: getattr(model, f.name) for f in dataclasses.fields(model) if f.name not in skip}
     return {**values, "dtype": jnp.dtype(model.dtype).name}
+
+
+def _describe(model: Model) -> dict[str, Any]:
+    """The manifest's `model`: a DiT's class and fields, or the metadata of a network that is not ours."""
+    if isinstance(model, DiT):
+        return {"class": "DiT", "fields": _fields(model)}
+    if not isinstance(model, Mapping):
+        raise InputError(
+            f"model is a {type(model).__name__}; wanted a vq4dit_jax.DiT, or for a network of your own a dict that "
+            "describes it, such as {'name': ..., 'depth': ...}"
+        )
+    try:
+        return {"class": _FOREIGN, "metadata": json.loads(json.dumps(dict(model), allow_nan=False))}
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"the dict that describes your network is no JSON ({error}); wanted text, numbers, lists"
+        ) from None
+
+
+def _restore(described: dict[str, Any]) -> Model:
+    """What `_describe` was given."""
+    if described["class"] == _FOREIGN:
+        return described["metadata"]
+    fields = described["fields"]
+    return DiT(**{**fields, "dtype": jnp.dtype(fields["dtype"])})
 
 
 def flatten(params: Any) -> dict[str, np.ndarray]:
@@ -56,7 +84,7 @@ def _named_parts(path: str, leaf: Any) -> list[tuple[str, Any]]:
     return [(path, leaf)]
 
 
-def make_manifest(model: DiT, params: Any, extra: dict[str, Any] | None = None) -> dict[str, Any]:
+def make_manifest(model: Model, params: Any, extra: dict[str, Any] | None = None) -> dict[str, Any]:
     """What a reader needs beside the arrays. `quantized` maps a path to the static facts of its `VQArray`."""
     quantized, mixed = {}, {}
     for path, leaf in flax.traverse_util.flatten_dict(params, sep="/").items():
@@ -74,14 +102,14 @@ def make_manifest(model: DiT, params: Any, extra: dict[str, Any] | None = None) 
     return {
         "format": FORMAT,
         "version": VERSION,
-        "model": {"class": "DiT", "fields": _fields(model)},
+        "model": _describe(model),
         "quantized": quantized,
         "mixed": mixed,
         "extra": extra or {},
     }
 
 
-def _rebuild(arrays: dict[str, Any], manifest: dict[str, Any], source: str) -> tuple[DiT, dict[str, Any]]:
+def _rebuild(arrays: dict[str, Any], manifest: dict[str, Any], source: str) -> tuple[Model, dict[str, Any]]:
     """Arrays and manifest back to (model, params), validated."""
     if manifest.get("format") != FORMAT:
         raise InputError(f"{source} is no vq4dit-jax model (its manifest says format={manifest.get('format')!r})")
@@ -102,29 +130,31 @@ def _rebuild(arrays: dict[str, Any], manifest: dict[str, Any], source: str) -> t
         arrays[name] = leaf
     for path, count in manifest["mixed"].items():
         arrays[path] = tuple(arrays.pop(f"{path}/{_PART}{i}") for i in range(count))
-    fields = dict(manifest["model"]["fields"])
-    model = DiT(**{**fields, "dtype": jnp.dtype(fields["dtype"])})
     params = flax.traverse_util.unflatten_dict(arrays, sep="/")
-    return model, jax.tree.map(jnp.asarray, params)
+    return _restore(manifest["model"]), jax.tree.map(jnp.asarray, params)
 
 
-def save_quantized(path: str | os.PathLike, model: DiT, params: Any, extra: dict[str, Any] | None = None) -> None:
+def save_quantized(path: str | os.PathLike, model: Model, params: Any, extra: dict[str, Any] | None = None) -> None:
     """Writes the orbax folder `path`: packed arrays as nested dicts, the manifest in orbax's custom metadata.
 
-    `extra` is any JSON value to keep in the manifest (the recipe, say). Written beside and renamed.
+    `model` is a `DiT`, or, for a network that is not ours, a dict of JSON values: what you will want to know to
+    build it again. `extra` is any JSON value to keep in the manifest (the recipe, say). Written beside and renamed.
     """
     tree = flax.traverse_util.unflatten_dict(flatten(params), sep="/")
     save_tree(path, tree, make_manifest(model, params, extra))
 
 
-def load_quantized(path: str | os.PathLike) -> tuple[DiT, dict[str, Any], dict[str, Any]]:
-    """(model, params, manifest); `model.apply` takes the params as they are."""
+def load_quantized(path: str | os.PathLike) -> tuple[Model, dict[str, Any], dict[str, Any]]:
+    """(model, params, manifest); `model.apply` takes the params as they are.
+
+    Of a network that is not ours `model` is the dict it was saved with; its module runs on `dequantize(params)`.
+    """
     tree, manifest = load_tree(path)
     arrays = flax.traverse_util.flatten_dict(tree, sep="/")
     return *_rebuild(arrays, manifest, str(path)), manifest
 
 
-def save_safetensors(file: str | os.PathLike, model: DiT, params: Any, extra: dict[str, Any] | None = None) -> None:
+def save_safetensors(file: str | os.PathLike, model: Model, params: Any, extra: dict[str, Any] | None = None) -> None:
     """Writes the same arrays and manifest as one safetensors file (manifest as JSON under `manifest` in its metadata)."""
     from safetensors.numpy import save_file
 
@@ -141,8 +171,8 @@ def _umask() -> int:
     return mask
 
 
-def load_safetensors(file: str | os.PathLike) -> tuple[DiT, dict[str, Any], dict[str, Any]]:
-    """(model, params, manifest) of a file that `save_safetensors` wrote."""
+def load_safetensors(file: str | os.PathLike) -> tuple[Model, dict[str, Any], dict[str, Any]]:
+    """(model, params, manifest), as `load_quantized`, of a file that `save_safetensors` wrote."""
     from safetensors import SafetensorError, safe_open
 
     if not os.path.isfile(file):
@@ -192,16 +222,31 @@ def _errors_only() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
+def load_metadata(path: str | os.PathLike) -> dict[str, Any]:
+    """The metadata of an orbax folder, without its arrays."""
+    from orbax.checkpoint import v1 as ocp
+
+    with _readable(path) as folder:
+        return ocp.metadata(folder).custom_metadata or {}
+
+
 def load_tree(path: str | os.PathLike) -> tuple[Any, dict[str, Any]]:
     """(tree, metadata) of an orbax folder: nested dicts of numpy arrays."""
     from orbax.checkpoint import v1 as ocp
 
+    with _readable(path) as folder:
+        return ocp.load(folder), ocp.metadata(folder).custom_metadata or {}
+
+
+@contextlib.contextmanager
+def _readable(path: str | os.PathLike) -> Iterator[pathlib.Path]:
+    """The absolute folder; what goes wrong while it is read is an InputError."""
     folder = pathlib.Path(path).absolute()
     if not folder.is_dir():
         raise InputError(f"{path}: no such folder; wanted an orbax checkpoint")
     try:
         with _errors_only():
-            return ocp.load(folder), ocp.metadata(folder).custom_metadata or {}
+            yield folder
     except Exception as error:  # orbax and tensorstore raise many kinds for a damaged folder
         raise InputError(f"{path} is no readable orbax checkpoint ({type(error).__name__}: {error})") from error
 

@@ -1,6 +1,7 @@
 """The configuration of a run: every key with its default, and what the keys mean together."""
 
 import dataclasses
+import pathlib
 from typing import Any
 
 import ml_collections
@@ -18,12 +19,16 @@ def default() -> ml_collections.ConfigDict:
     c = ml_collections.ConfigDict()
     c.seed = 0
     """Root of all randomness: k-means, trajectories, samples."""
+    c.beside = ()
+    """Finished runs (workdirs) of the same model whose rows join this one's table; full-precision samples of the same
+    recipe are taken from them."""
 
     c.model = ml_collections.ConfigDict()
     c.model.variant = ""  # "DiT-XL/2" and so on; "" where shapes tell all
     c.model.checkpoint = (
         ""  # a file or folder, "asset:NAME" (shipped), or "official:NAME" (cache folder, else download)
     )
+    c.model.vae = ""  # of a model of latents: a diffusers folder or file, or "official:sd-vae-ft-ema"; "" for a preview
     c.model.num_heads = 0  # 0: from the variant or the checkpoint
     c.model.num_classes = 0  # 0: from the checkpoint
     c.model.random_init = False  # random weights of the variant, for timing
@@ -42,15 +47,17 @@ def default() -> ml_collections.ConfigDict:
 
     c.sample = ml_collections.ConfigDict()
     c.sample.num_images = 1000
-    c.sample.batch = 100
+    c.sample.batch = 100  # images that a device makes at once
+    c.sample.labels = "balanced"  # or "random", or classes taken in turn: "207,360"
     c.sample.sampler = "ddpm"
     c.sample.steps = 50
+    c.sample.more_steps = ()  # further numbers of steps, for rows of the table
     c.sample.cfg_scale = 1.5
     c.sample.grid_images = 24  # images in the pictures and in the report
 
     c.evaluation = ml_collections.ConfigDict()
-    c.evaluation.classifier = ""  # "cifar10_resnet56"; "" for none: the figures are null
-    c.evaluation.reference = ""  # statistics of real images: a file, or "asset:NAME"
+    c.evaluation.classifier = ""  # "cifar10_resnet56", a file of Inception weights, "official:NAME"; "" for none
+    c.evaluation.reference = ""  # real images: a folder, an .npz of images or statistics, "asset:NAME", "official:NAME"
     c.evaluation.class_names = ()
     return c
 
@@ -78,15 +85,19 @@ def xl2(image_size: int, bits: float) -> ml_collections.ConfigDict:
     c = default()
     c.model.variant = "DiT-XL/2"
     c.model.checkpoint = f"official:DiT-XL-2-{image_size}x{image_size}.pt"
+    c.model.vae = "official:sd-vae-ft-ema"
     c.model.input_size = image_size // 8
     c.quantize.bits = bits
     c.calibration.batch = 16
     c.calibration.steps = 500
     c.calibration.save_every = 100
     c.calibration.remat = True
-    c.sample.num_images = 1000
+    c.sample.num_images = 10_000
     c.sample.batch = 50
     c.sample.steps = 50
+    c.sample.more_steps = (100, 250)
+    c.evaluation.classifier = "official:inception-2015-12-05"
+    c.evaluation.reference = f"official:imagenet{image_size}"
     return c
 
 
@@ -115,9 +126,20 @@ def validate(config: ml_collections.ConfigDict) -> None:
         section, name = key.split(".")
         if config[section][name] < 1:
             raise InputError(f"--config.{key}={config[section][name]}: wanted at least 1")
-    for section, name in (("sample", "steps"), ("calibration", "trajectory_steps")):
-        if not 1 <= config[section][name] <= 1000:
-            raise InputError(f"--config.{section}.{name}={config[section][name]}: wanted 1 to 1000")
+    all_steps = [
+        ("sample", "steps", config.sample.steps),
+        ("calibration", "trajectory_steps", config.calibration.trajectory_steps),
+    ]
+    for section, name, steps in all_steps + [("sample", "more_steps", steps) for steps in config.sample.more_steps]:
+        if not 1 <= steps <= 1000:
+            raise InputError(f"--config.{section}.{name}={steps}: wanted 1 to 1000")
+    if len({config.sample.steps, *config.sample.more_steps}) <= len(config.sample.more_steps):
+        raise InputError(
+            f"--config.sample.more_steps={config.sample.more_steps}: wanted numbers that differ, and from steps"
+        )
+    for folder in config.beside:
+        if not (pathlib.Path(folder) / "table.json").exists():
+            raise InputError(f"--config.beside={folder}: no finished run there; wanted the workdir of one")
     if bool(config.evaluation.classifier) != bool(config.evaluation.reference):
         raise InputError("--config.evaluation.classifier and .reference: give both or neither")
     if config.model.random_init and not config.model.variant:

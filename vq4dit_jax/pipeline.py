@@ -5,9 +5,10 @@ on with the first stage that is not, and ends with the same figures.
 """
 
 import functools
-import importlib.metadata
 import json
-import platform
+import os
+import pathlib
+import shutil
 import time
 from typing import Any
 
@@ -22,20 +23,23 @@ from vq4dit_jax import (
     checkpoint,
     evaluation,
     files,
-    latents,
+    generation,
     quantization,
     reporting,
-    sampling,
+    sources,
+    summary,
 )
 from vq4dit_jax import config as configs
 from vq4dit_jax.calibration import held_out_agreement
+from vq4dit_jax.errors import InputError
+from vq4dit_jax.generation import Decoder, Plan
 from vq4dit_jax.models import DiT, variant
 from vq4dit_jax.reporting.layers import layer_table
+from vq4dit_jax.summary import METHODS, MODELS
 from vq4dit_jax.workdir import Workdir
 
 _KMEANS, _TRAJECTORIES, _SAMPLES, _HELD_OUT, _INIT = range(5)
 """Streams of the run's seed."""
-MODELS = ("fp", "kmeans", "vq4dit")
 
 
 def run(config: Any, workdir: str, command: str) -> None:
@@ -83,6 +87,42 @@ class Pipeline:
         """The final model as a user would load it."""
         return checkpoint.load_quantized(self.dir.quantized)[:2]
 
+    @functools.cached_property
+    def found(self) -> dict[str, str]:
+        """Where the VAE, the feature network and the real images are; "" where there are none and one can do without."""
+        return {
+            "vae": self._locate("model", "vae", "the pictures are then a preview"),
+            "classifier": self._locate("evaluation", "classifier", "quality figures are then null"),
+            "reference": self._locate("evaluation", "reference", "quality figures are then null"),
+        }
+
+    def _locate(self, section: str, name: str, without: str) -> str:
+        value, untrained = self.config[section][name], self.config.model.random_init
+        try:
+            return sources.locate(value, download=not untrained)
+        except InputError as error:
+            # A trained model whose latents cannot be decoded is of no use; without quality figures it is.
+            if not value.startswith(sources.OFFICIAL) or (name == "vae" and not untrained):
+                raise InputError(f"--config.{section}.{name}={value}: {error}; or leave it empty, {without}") from None
+            logging.warning("--config.%s.%s=%s: %s; %s", section, name, value, error, without)
+            return ""
+
+    @functools.cached_property
+    def decoder(self) -> Decoder:
+        """Samples to images in [-1, 1]."""
+        return sources.open_decoder(self.found["vae"], self.teacher[0].in_channels)[0]
+
+    @functools.cached_property
+    def judge(self) -> sources.Judge:
+        """The feature network and the real images of the quality figures, or why there are none."""
+        if self.teacher[0].in_channels != 3 and not self.found["vae"]:
+            return sources.Judge(reason="the samples are latents, and there is no VAE to decode them")
+        if not self.config.evaluation.classifier:
+            return sources.Judge(reason="no feature network is configured")
+        if not (self.found["classifier"] and self.found["reference"]):
+            return sources.Judge(reason="the feature network or the real images were not to be had on this machine")
+        return sources.open_judge(self.found["classifier"], self.found["reference"])
+
     def params(self, name: str) -> Any:
         return {"fp": lambda: self.teacher[1], "kmeans": lambda: self.kmeans, "vq4dit": lambda: self.packed[1]}[name]()
 
@@ -92,6 +132,10 @@ class Pipeline:
         with self.dir.stage("load") as to_do:
             if to_do:
                 model, params = self.teacher
+                # What is missing is said before hours of work, not after.
+                _ = self.decoder
+                if self.found["classifier"] and self.found["reference"]:
+                    sources.check_judge(self.found["classifier"], self.found["reference"])
                 logging.info("%s: %d parameters", _title(self.config, model), quantization.sizes(params).parameters)
 
     def quantize(self) -> None:
@@ -146,59 +190,64 @@ class Pipeline:
             files.write_json(self.dir.layers, layer_table(teacher, self.kmeans, packed))
 
     def sample(self) -> None:
-        """The same seeds and labels for every model."""
+        """The same seeds and labels for every model; for each further number of steps those of the table."""
         with self.dir.stage("sample") as to_do:
             if not to_do:
                 return
             model, _ = self.teacher
-            labels = self.labels(model)
-            for name in MODELS:
-                target = self.dir.samples / f"{name}.npz"
-                if not target.exists():
-                    images = self._images(model, self.params(name), labels, name)
-                    with files.atomic_path(target) as partial, open(partial, "wb") as file:
-                        np.savez(file, arr_0=images)
-            images, names = self._grids(labels)
+            for steps in self._all_steps():
+                for name in MODELS if steps == self.config.sample.steps else METHODS:
+                    if not self._npz(name, steps).exists() and not (name == "fp" and self._borrow(steps)):
+                        generation.generate(
+                            self._plan(steps),
+                            model,
+                            self.params(name),
+                            self.key(_SAMPLES),
+                            self._npz(name, steps),
+                            self.decoder,
+                            f"sample {name}, {steps} steps",
+                        )
+            images, names = self._grids(model)
             columns = min(8, len(names))
             for name in ("fp", "vq4dit"):
                 reporting.write_grid(self.dir.samples / f"{name}.png", images[name], columns)
             reporting.write_comparison(self.dir.samples / "comparison.png", images, names)
 
-    def labels(self, model: DiT) -> np.ndarray:
-        """Classes in turn: balanced, and each appears in the first pictures."""
-        return (np.arange(self.config.sample.num_images) % model.num_classes).astype(np.int32)
+    def _all_steps(self) -> list[int]:
+        return [self.config.sample.steps, *self.config.sample.more_steps]
 
-    def _images(self, model: DiT, params: Any, labels: np.ndarray, name: str) -> np.ndarray:
-        c, out = self.config.sample, []
-        with reporting.progress(len(labels), f"sample {name}", "image") as bar:
-            for first in range(0, len(labels), c.batch):
-                # The last batch is filled up, so that the sampler compiles once; image i is the same in any batch.
-                chunk = np.resize(labels[first : first + c.batch], min(c.batch, len(labels)))
-                x = sampling.sample(
-                    model,
-                    params,
-                    chunk,
-                    key=self.key(_SAMPLES),
-                    num_steps=c.steps,
-                    sampler=c.sampler,
-                    cfg_scale=c.cfg_scale,
-                    first_index=first,
-                )
-                count = min(c.batch, len(labels) - first)
-                out.append(sampling.to_uint8(latents.preview(np.asarray(x))[:count]))
-                bar.update(count)
-        return np.concatenate(out)
+    def _plan(self, steps: int) -> Plan:
+        c = self.config.sample
+        return Plan(c.num_images, c.batch, c.labels, c.sampler, steps, c.cfg_scale)
 
-    def _grids(self, labels: np.ndarray) -> tuple[dict[str, np.ndarray], list[str]]:
+    def _npz(self, name: str, steps: int) -> pathlib.Path:
+        suffix = "" if steps == self.config.sample.steps else f"_{steps}"
+        return self.dir.samples / f"{name}{suffix}.npz"
+
+    def _borrow(self, steps: int) -> bool:
+        """Takes the full-precision samples of a run beside this one that sampled the same model in the same way."""
+        for folder in map(pathlib.Path, self.config.beside):
+            theirs = Workdir(folder)
+            other = _read_json(theirs.config)
+            same = all(other[key] == self.resolved[key] for key in ("seed", "model", "sample"))
+            source = theirs.samples / self._npz("fp", steps).name
+            if same and source.exists():
+                with files.atomic_path(self._npz("fp", steps)) as partial:
+                    try:
+                        os.link(source, partial)
+                    except OSError:  # another file system
+                        shutil.copyfile(source, partial)
+                return True
+        return False
+
+    def _grids(self, model: DiT) -> tuple[dict[str, np.ndarray], list[str]]:
         """The first images of every model and the names of their classes."""
-        count = min(self.config.sample.grid_images, len(labels))
-        images = {name: self._load_images(name)[:count] for name in MODELS}
+        c = self.config.sample
+        count = min(c.grid_images, c.num_images)
+        images = {name: generation.read_head(self._npz(name, c.steps), count) for name in MODELS}
+        labels = generation.class_labels(c.labels, self.key(_SAMPLES), np.arange(count), model.num_classes)
         names = list(self.config.evaluation.class_names)
-        return images, [names[i] if i < len(names) else f"class {i}" for i in labels[:count]]
-
-    def _load_images(self, name: str) -> np.ndarray:
-        with np.load(self.dir.samples / f"{name}.npz", allow_pickle=False) as file:
-            return file["arr_0"]
+        return images, [names[i] if i < len(names) else f"class {i}" for i in labels]
 
     def evaluate(self) -> None:
         begun = time.perf_counter()
@@ -207,87 +256,58 @@ class Pipeline:
                 return
             model, teacher = self.teacher
             _, packed = self.packed
-            found = held_out_agreement(
+            held_out = held_out_agreement(
                 model,
                 teacher,
                 {"kmeans": self.kmeans, "hard": packed},
                 self.config.calibration.cfg_scale,
                 self.key(_HELD_OUT),
             )
-            log = calibration.read_log(self.dir.log)
             size = quantization.sizes(packed)
-            metrics = {
-                "format": 1,
-                "model": {
-                    "variant": _title(self.config, model),
-                    "parameters": size.parameters,
-                    "quantized_parameters": size.quantized_parameters,
-                },
-                "size": {
-                    "fp32_bytes": 4 * size.parameters,
-                    "quantized_bytes": files.bytes_on_disk(self.dir.quantized),
-                    "assignment_bytes": size.assignment_bytes,
-                    "codebook_bytes": size.codebook_bytes,
-                    "other_bytes": size.other_bytes,
-                    "bits_per_quantized_weight": size.bits_per_quantized_weight,
-                },
-                "quality": self._quality(),
-                "calibration": {
-                    "steps": log[-1]["step"],
-                    "l_d_last": log[-1]["l_d"],
-                    "l_r_last": log[-1]["l_r"],
-                    "frozen_fraction": log[-1]["frozen_fraction"],
-                    "kmeans_l_d": found["kmeans"][0],
-                    "hard_l_d": found["hard"][0],
-                    "kmeans_eps_error": found["kmeans"][1],
-                    "hard_eps_error": found["hard"][1],
-                },
-                "time_s": {
-                    **{s: t for s, t in self._times(log).items() if s not in ("evaluate", "report")},
-                    "evaluate": round(time.perf_counter() - begun, 3),
-                },
-                "recipe": {
-                    "sampler": self.config.sample.sampler,
-                    "steps": self.config.sample.steps,
-                    "cfg_scale": self.config.sample.cfg_scale,
-                    "seed": self.config.seed,
-                    "batch": self.config.sample.batch,
-                    "devices": _devices(),
-                    "versions": _versions(),
-                },
+            quality = {
+                (name, steps): self._quality(name, steps)
+                for steps in self._all_steps()
+                for name in (MODELS if steps == self.config.sample.steps else METHODS)
             }
-            files.write_json(self.dir.metrics, metrics)
-
-    def _times(self, log: list[dict]) -> dict[str, float]:
-        """Seconds of the stages; calibration counts the steps of all its attempts that were kept."""
-        names = {"quantize": "kmeans"}
-        times = {names.get(stage, stage): seconds for stage, seconds in self.dir.done().items()}
-        return {**times, "calibrate": round(sum(line["seconds"] for line in log), 3)}
-
-    def _quality(self) -> dict[str, dict]:
-        c, originals = self.config.evaluation, self._load_images("fp")
-        classifier = evaluation.load_classifier(c.classifier) if c.classifier else None
-        reference = evaluation.load_reference(files.resolve(c.reference)) if c.classifier else None
-        return {
-            name: evaluation.evaluate(
-                self._load_images(name), classifier, reference, None if name == "fp" else originals
+            rows = [
+                summary.table_row(name, steps, self.config, size, found)
+                for (name, steps), found in quality.items()
+                if name in METHODS
+            ]
+            rows += [row for folder in self.config.beside for row in _read_json(Workdir(folder).table_json)]
+            files.write_json(self.dir.table_json, rows)
+            title = _title(self.config, model)
+            files.write_text(self.dir.table, reporting.markdown(title, rows, self.command))
+            main = {name: quality[name, self.config.sample.steps] for name in MODELS}
+            log = calibration.read_log(self.dir.log)
+            seconds = time.perf_counter() - begun
+            files.write_json(
+                self.dir.metrics, summary.metrics(self.dir, self.config, title, size, main, held_out, log, seconds)
             )
-            for name in MODELS
-        }
+
+    def _quality(self, name: str, steps: int) -> dict[str, Any]:
+        """The figures of one set of samples, and under "reasons" why some are null."""
+        original = None if name == "fp" else self._npz("fp", steps)
+        judge = self.judge
+        found, reasons = evaluation.evaluate_with_reasons(
+            self._npz(name, steps), judge.classifier, judge.reference, original
+        )
+        return {**found, "reasons": {"all figures": judge.reason} if judge.reason else reasons}
 
     def report(self) -> None:
         with self.dir.stage("report") as to_do:
             if not to_do:
                 return
-            metrics = json.loads(self.dir.metrics.read_text(encoding="utf-8"))
+            metrics = _read_json(self.dir.metrics)
             model, _, _ = checkpoint.load_quantized(self.dir.quantized)
-            images, names = self._grids(self.labels(model))
+            images, names = self._grids(model)
             data = reporting.ReportData(
                 title=f"{metrics['model']['variant']} at {self.config.quantize.bits:g} bits",
                 metrics=metrics,
                 config=self.resolved,
                 train_log=calibration.read_log(self.dir.log),
-                layers=json.loads(self.dir.layers.read_text(encoding="utf-8")),
+                layers=_read_json(self.dir.layers),
+                table=_read_json(self.dir.table_json),
                 images=images,
                 labels=names,
                 command=self.command,
@@ -297,9 +317,6 @@ class Pipeline:
 
 def load_teacher(c: Any, key: jax.Array) -> tuple[DiT, Any]:
     """The model that a config's `model` section names, in float32."""
-    from convert.download import official_checkpoint
-    from convert.load import load_pretrained
-
     if c.random_init:
         overrides = {"input_size": c.input_size}
         overrides |= {name: c[name] for name in ("depth", "num_heads", "num_classes") if c[name]}
@@ -307,10 +324,7 @@ def load_teacher(c: Any, key: jax.Array) -> tuple[DiT, Any]:
         x, label = jnp.zeros((1, c.input_size, c.input_size, model.in_channels)), jnp.zeros((1,), jnp.int32)
         shapes = jax.eval_shape(model.init, jax.random.key(0), x, label, label)["params"]
         return model, quantization.random_params(shapes, key)
-    path = files.resolve(c.checkpoint)
-    if c.checkpoint.startswith("official:"):
-        path = official_checkpoint(c.checkpoint.removeprefix("official:"))
-    return load_pretrained(path, c.variant or None, num_heads=c.num_heads or None, num_classes=c.num_classes or None)
+    return sources.open_pretrained(c.checkpoint, c.variant, c.num_heads, c.num_classes)
 
 
 def _cast_kept(params: Any, dtype: str) -> Any:
@@ -334,16 +348,5 @@ def _title(config: Any, model: DiT) -> str:
     return f"{name}, {model.input_size}x{model.input_size}x{model.in_channels}"
 
 
-def _devices() -> str:
-    devices = jax.devices()
-    return f"{len(devices)} x {devices[0].device_kind}"
-
-
-def _versions() -> dict[str, str]:
-    out = {"python": platform.python_version(), "vq4dit-jax": __version__}
-    for package in ("jax", "flax", "optax", "orbax-checkpoint", "numpy", "faiss-cpu", "tensorflow", "tensorflow-gan"):
-        try:
-            out[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return out
+def _read_json(path: pathlib.Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -14,9 +14,10 @@ import numpy as np
 
 import pallas_kernels
 from vq4dit_jax.errors import InputError
-from vq4dit_jax.vq import VQArray, from_codes, kmeans, packed_bytes
+from vq4dit_jax.vq import SoftVQArray, VQArray, from_codes, kmeans, packed_bytes
 
-Params = Mapping[str, Any]
+Params = Any
+"""Nested dicts of arrays with names, as Flax makes them; `_flatten` refuses others."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,29 +74,57 @@ class Part:
     stop: int | None = None
 
 
-def plan(params: Params, rules: Sequence[Rule], stacked: Sequence[str] = ("blocks",)) -> dict[str, list[Part]]:
+def plan(params: Params, rules: Sequence[Rule], stacked: Sequence[str] | None = None) -> dict[str, list[Part]]:
     """Path of each leaf -> its parts, in order. Works on shapes alone (`jax.eval_shape`).
 
     Leaves under a `stacked` prefix have a leading axis over blocks; block i of leaf `blocks/x` has the path `blocks/i/x`.
+    Left out, `blocks` is such a prefix where its leaves are stacks, as in a `DiT`.
     """
+    flat = _flatten(params)
+    stacked = _stacks(flat) if stacked is None else stacked
     out: dict[str, list[Part]] = {}
-    for path, leaf in flax.traverse_util.flatten_dict(params, sep="/").items():
+    tried: list[str] = []
+    for path, leaf in flat.items():
         prefix = next((s for s in stacked if path.startswith(s + "/")), None)
         if prefix is None:
             spec = spec_of(path, rules)
+            tried.append(path)
             out[path] = [Part(path, spec and _fit(path, spec, leaf.shape))]
             continue
         parts: list[Part] = []
         for i in range(leaf.shape[0]):
             one = f"{prefix}/{i}/{path[len(prefix) + 1 :]}"
             spec = spec_of(one, rules)
+            tried.append(one)
             spec = spec and _fit(one, spec, leaf.shape[1:])
             if parts and parts[-1].spec == spec:
                 parts[-1] = dataclasses.replace(parts[-1], stop=i + 1)
             else:
                 parts.append(Part(path, spec, i, i + 1))
         out[path] = parts
+    for pattern, spec in rules:
+        if spec and not any(re.fullmatch(pattern, path) for path in tried):
+            raise InputError(
+                f"rule {pattern!r} quantizes nothing: it matches no parameter whole; there are {', '.join(tried[:8])}, ..."
+            )
     return out
+
+
+def _flatten(params: Params) -> dict[str, Any]:
+    """'/'-joined paths to leaves."""
+    flat = flax.traverse_util.flatten_dict(params) if isinstance(params, Mapping) else None
+    if not flat or not all(isinstance(name, str) for path in flat for name in path):
+        raise InputError(
+            f"params is a {type(params).__name__}; wanted nested dicts of arrays with names, as Flax makes them"
+        )
+    return {"/".join(path): leaf for path, leaf in flat.items()}
+
+
+def _stacks(flat: Mapping[str, Any]) -> tuple[str, ...]:
+    """("blocks",) where the leaves under it share a leading axis and kernels have three; () elsewhere."""
+    shapes = [leaf.shape for path, leaf in flat.items() if path.startswith("blocks/")]
+    stacked = all(shapes) and len({shape[0] for shape in shapes}) == 1 and max(map(len, shapes)) >= 3
+    return ("blocks",) if stacked else ()
 
 
 def _fit(path: str, spec: VQSpec, shape: tuple[int, ...]) -> VQSpec:
@@ -118,19 +147,29 @@ def quantize(
     *,
     key: jax.Array,
     rules: Sequence[Rule] | None = None,
-    stacked: Sequence[str] = ("blocks",),
+    stacked: Sequence[str] | None = None,
     codebook_dtype: Any = jnp.float32,
     max_iterations: int = 100,
     on_leaf: Callable[[str], None] = lambda path: None,
 ) -> dict[str, Any]:
     """k-means only (step 1 of the method): the same tree with `VQArray` leaves where rules say so.
 
-    A leaf whose blocks differ in their spec becomes a tuple of leaves over consecutive blocks. `on_leaf` is called
-    after each quantized leaf.
+    Args:
+      params: nested dicts of arrays; ours, or those of any Flax module with kernels (I, O).
+      bits: of a `DiT`; not read where `rules` are given.
+      key: of the k-means seeds.
+      rules: (regular expression, VQSpec or KEEP), see `Rule`; first match wins.
+      stacked: prefixes under which leaves have a leading axis over blocks, see `plan`; () for none.
+      codebook_dtype: in which codebooks are stored.
+      max_iterations: of Lloyd's algorithm.
+      on_leaf: is called after each quantized leaf.
 
-    Raises InputError where a path has no rule, a shape does not fit or a weight is not finite.
+    A leaf whose blocks differ in their spec becomes a tuple of leaves over consecutive blocks.
+
+    Raises InputError where a path has no rule, a rule with a VQSpec no path, a shape does not fit or a weight is not
+    finite.
     """
-    flat = flax.traverse_util.flatten_dict(params, sep="/")
+    flat = _flatten(params)
     out = {}
     for path, parts in plan(params, dit_rules(bits) if rules is None else rules, stacked).items():
         leaf_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
@@ -166,18 +205,25 @@ def map_leaves(fn: Callable[..., Any], tree: Any, *rest: Any) -> Any:
     return jax.tree.map(fn, tree, *rest, is_leaf=lambda node: isinstance(node, VQArray))
 
 
-def dequantize(params: Params) -> Any:
-    """The same tree with dense kernels (*stack, I, O), in the codebooks' dtype; mixed stacks in float32."""
+def dequantize(params: Params, dtype: Any = None) -> Any:
+    """The same tree with dense kernels (*stack, I, O), in `dtype`; None: in the codebooks', mixed stacks in float32.
+
+    Packed (`VQArray`) and soft leaves (`SoftVQArray`, differentiable), also inside `jax.jit`: what makes a module
+    that knows arrays alone run with quantized parameters.
+    """
 
     def dense(leaf: Any) -> Any:
-        return jnp.swapaxes(leaf.decode(), -1, -2) if isinstance(leaf, VQArray) else leaf
+        if not isinstance(leaf, VQArray | SoftVQArray):
+            return leaf
+        kernel = jnp.swapaxes(leaf.decode(), -1, -2)
+        return kernel if dtype is None else kernel.astype(dtype)
 
     def join(leaf: Any) -> Any:
         if not isinstance(leaf, tuple):
             return dense(leaf)
-        return jnp.concatenate([dense(part).astype(jnp.float32) for part in leaf])
+        return jnp.concatenate([dense(part).astype(dtype or jnp.float32) for part in leaf])
 
-    return jax.tree.map(join, params, is_leaf=lambda node: isinstance(node, VQArray | tuple))
+    return jax.tree.map(join, params, is_leaf=lambda node: isinstance(node, VQArray | SoftVQArray | tuple))
 
 
 def random_params(shapes: Any, key: jax.Array, scale: float = 0.02) -> Any:
@@ -221,10 +267,10 @@ def sizes(params: Any) -> Sizes:
 
 
 def abstract_quantized(
-    params: Any, rules: Sequence[Rule], stacked: Sequence[str] = ("blocks",), codebook_dtype: Any = jnp.float32
+    params: Any, rules: Sequence[Rule], stacked: Sequence[str] | None = None, codebook_dtype: Any = jnp.float32
 ) -> dict[str, Any]:
     """The shapes of `quantize`'s result from the shapes of its input."""
-    flat = flax.traverse_util.flatten_dict(params, sep="/")
+    flat = _flatten(params)
     out = {}
     for path, parts in plan(params, rules, stacked).items():
         leaves = []

@@ -1,23 +1,47 @@
 """What a path or a name in a config or on a command line stands for: models, and decoders of their latents."""
 
+import dataclasses
 import pathlib
 from typing import Any
 
+import jax
 import numpy as np
 
-from vq4dit_jax import checkpoint, files, latents, provenance
+from vq4dit_jax import checkpoint, evaluation, files, latents, provenance, sampling
+from vq4dit_jax.errors import InputError
 from vq4dit_jax.generation import Decoder
 from vq4dit_jax.models import DiT
 
-_OFFICIAL = "official:"
+OFFICIAL = "official:"
+PREVIEW = "linear preview of the latents"
+
+
+@dataclasses.dataclass(frozen=True)
+class Judge:
+    """What quality is measured with; both None with the `reason` where there is nothing to measure with."""
+
+    classifier: evaluation.Classifier | None = None
+    reference: evaluation.ReferenceStatistics | None = None
+    reason: str | None = None
+
+
+def locate(name: str, download: bool = True) -> str:
+    """The path that a name stands for: `official:NAME` from the cache folder, else downloaded; `asset:NAME` as shipped.
+
+    Any other name is its own path. InputError where an official file is not to be had.
+    """
+    if name.startswith(OFFICIAL):
+        from convert.download import official
+
+        return str(official(name.removeprefix(OFFICIAL), download=download))
+    return str(files.resolve(name)) if name.startswith("asset:") else name
 
 
 def open_pretrained(path: str, variant: str | None, num_heads: int | None, num_classes: int | None) -> tuple[DiT, Any]:
     """A full-precision model: a file or folder of any known layout, `asset:NAME`, or `official:NAME`."""
-    from convert.download import official_checkpoint
     from convert.load import load_pretrained
 
-    found = official_checkpoint(path.removeprefix(_OFFICIAL)) if path.startswith(_OFFICIAL) else files.resolve(path)
+    found = locate(path)
     return load_pretrained(found, variant or None, num_heads=num_heads or None, num_classes=num_classes or None)
 
 
@@ -55,7 +79,8 @@ def open_decoder(vae: str, channels: int) -> tuple[Decoder, str]:
         return latents.preview, PREVIEW
     from convert.vae import load_vae
 
-    module, params = load_vae(files.resolve(vae) if vae.startswith("asset:") else vae)
+    module, params = load_vae(locate(vae))
+    params = jax.device_put(params, sampling.replicated())
 
     def decode(x: np.ndarray) -> np.ndarray:
         return latents.decode_images(module, params, x)
@@ -63,4 +88,14 @@ def open_decoder(vae: str, channels: int) -> tuple[Decoder, str]:
     return decode, f"VAE {vae}, sha256 {provenance.digest(params)}"
 
 
-PREVIEW = "linear preview of the latents"
+def check_judge(classifier: str, reference: str) -> None:
+    """Raises `open_judge`'s InputErrors that can be told without reading the images."""
+    evaluation.load_classifier(classifier)
+    if not pathlib.Path(reference).exists():
+        raise InputError(f"{reference}: no such file or folder of real images or their statistics")
+
+
+def open_judge(classifier: str, reference: str) -> Judge:
+    """The feature network and the statistics of the real images at these names or paths."""
+    network = evaluation.load_classifier(classifier)
+    return Judge(network, evaluation.open_reference(reference, network))

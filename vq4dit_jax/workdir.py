@@ -31,6 +31,8 @@ class Workdir:
         self.safetensors = self.root / "model.safetensors"
         self.samples = self.root / "samples"
         self.layers = self.root / "layers.json"
+        self.table = self.root / "table.md"
+        self.table_json = self.root / "table.json"
         self.report = self.root / "report.html"
 
     @contextlib.contextmanager

@@ -1,19 +1,23 @@
 """Zero-data calibration of a vector-quantized model against its full-precision teacher."""
 
 from vq4dit_jax.calibration.assess import held_out_agreement
-from vq4dit_jax.calibration.calibrate import State, Trainable, finalize, init, merge, update
-from vq4dit_jax.calibration.loop import make_student, read_log, run
+from vq4dit_jax.calibration.loop import calibrate, make_student, read_log, run
+from vq4dit_jax.calibration.network import Network, as_network
+from vq4dit_jax.calibration.optimize import State, Trainable, finalize, init, merge, update
 from vq4dit_jax.calibration.recipe import Recipe
 from vq4dit_jax.calibration.trajectory import Batch, Trajectory, advance, begin
 
 __all__ = [
     "Batch",
+    "Network",
     "Recipe",
     "State",
     "Trainable",
     "Trajectory",
     "advance",
+    "as_network",
     "begin",
+    "calibrate",
     "finalize",
     "held_out_agreement",
     "init",

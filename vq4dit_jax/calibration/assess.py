@@ -8,22 +8,25 @@ import numpy as np
 
 from vq4dit_jax import diffusion
 from vq4dit_jax.calibration import losses, trajectory
+from vq4dit_jax.calibration.network import Network, as_network, check
 from vq4dit_jax.models import DiT
 
 HELD_OUT_IMAGES, HELD_OUT_STEPS = 16, 10
 
 
 def held_out_agreement(
-    model: DiT, teacher: Any, students: dict[str, Any], cfg_scale: float, key: jax.Array
+    model: DiT | Network, teacher: Any, students: dict[str, Any], cfg_scale: float, key: jax.Array
 ) -> dict[str, tuple[float, float]]:
     """For each student (L_d, relative L2 error of the guided noise prediction), means over the trajectory's steps.
 
     The trajectory is the teacher's own, 16 images and 10 DDPM steps; every student sees the same x_t.
     """
+    network = as_network(model)
+    check(network, teacher)
     sched = diffusion.make_schedule(HELD_OUT_STEPS)
-    advance = jax.jit(lambda teacher, where: trajectory.advance(model, teacher, sched, cfg_scale, where))
-    measure = jax.jit(lambda params, batch: losses.agreement(model, params, batch, cfg_scale))
-    where = trajectory.begin(model, sched, jax.random.key_data(key), jnp.int32(0), HELD_OUT_IMAGES)
+    advance = jax.jit(lambda teacher, where: trajectory.advance(network, teacher, sched, cfg_scale, where))
+    measure = jax.jit(lambda params, batch: losses.agreement(network, params, batch, cfg_scale))
+    where = trajectory.begin(network, sched, jax.random.key_data(key), jnp.int32(0), HELD_OUT_IMAGES)
     found: dict[str, list] = {name: [] for name in students}
     for _ in range(HELD_OUT_STEPS):
         batch, where = advance(teacher, where)

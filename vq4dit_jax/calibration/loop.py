@@ -1,130 +1,190 @@
 """The calibration loop: steps, log lines and checkpoints. Killed at any step and started again it ends with the same bits."""
 
+import dataclasses
 import json
+import os
 import pathlib
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TextIO
 
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vq4dit_jax import checkpoint, diffusion, files
-from vq4dit_jax.calibration import calibrate, trajectory
+from vq4dit_jax import checkpoint, diffusion, files, reporting
+from vq4dit_jax.calibration import optimize, trajectory
+from vq4dit_jax.calibration.network import Network, as_network, check
 from vq4dit_jax.calibration.recipe import Recipe
+from vq4dit_jax.errors import InputError
 from vq4dit_jax.models import DiT
-from vq4dit_jax.reporting import progress
 from vq4dit_jax.vq import VQArray, soften
 
 _HISTOGRAM_EVERY = 25
+_OURS = Recipe()
 
 
 def make_student(recipe: Recipe, teacher: Any, kmeans: Any) -> dict[str, Any]:
     """The tree of `kmeans` with `SoftVQArray` leaves; candidates come from the teacher's weights."""
     weights = flax.traverse_util.flatten_dict(teacher, sep="/")
+    leaves = flax.traverse_util.flatten_dict(kmeans, sep="/")
+    if alone := sorted(set(weights) ^ set(leaves)):
+        raise InputError(
+            f"the quantized tree is not that of the teacher: {alone[0]} is in one of them alone; quantize the very "
+            "parameters that are given as the teacher"
+        )
     out = {}
 
-    def one(leaf: Any, kernel: Any) -> Any:
+    def one(path: str, leaf: Any, kernel: Any) -> Any:
         if not isinstance(leaf, VQArray):
             return leaf
         weight = np.swapaxes(np.asarray(kernel, np.float32), -1, -2)
+        if weight.shape != (*leaf.stack, *leaf.shape):
+            raise InputError(
+                f"{path} stands for weights {(*leaf.stack, *leaf.shape)}, the teacher's are {weight.shape}; quantize the "
+                "very parameters that are given as the teacher"
+            )
         return soften(leaf, weight, min(recipe.num_candidates, leaf.num_codewords), recipe.ratio_start)
 
-    for path, leaf in flax.traverse_util.flatten_dict(kmeans, sep="/").items():
+    for path, leaf in leaves.items():
         if not isinstance(leaf, tuple):
-            out[path] = one(leaf, weights[path])
+            out[path] = one(path, leaf, weights[path])
             continue
         start, parts = 0, []
         for part in leaf:
             stop = start + jax.tree.leaves(part)[0].shape[0]
-            parts.append(one(part, weights[path][start:stop]))
+            parts.append(one(path, part, weights[path][start:stop]))
             start = stop
         out[path] = tuple(parts)
     return flax.traverse_util.unflatten_dict(out, sep="/")
 
 
-def run(
-    recipe: Recipe,
-    model: DiT,
-    teacher: Any,
-    kmeans: Any,
+def calibrate(
+    model: DiT | Network,
+    params: Any,
+    packed: Any,
+    *,
     key: jax.Array,
-    folder: pathlib.Path,
-    log_file: pathlib.Path,
-    save_every: int,
+    recipe: Recipe = _OURS,
+    folder: str | os.PathLike | None = None,
+    log_file: str | os.PathLike | None = None,
+    save_every: int = 50,
+    on_step: Callable[[dict[str, Any]], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """Calibrates and returns the hard model (float32 codebooks).
+    """Calibrates a k-means model against its teacher and returns the hard model, a tree like `packed`.
 
-    `folder` holds `step_NNNNNN` (orbax: state and trajectory), `log_file` one JSON line a step; both continue where
-    they stopped.
+    Args:
+      model: a `DiT`, or the `Network` that says how any other one is run.
+      params: the teacher, full precision.
+      packed: what `quantize` made of it. Codebooks and biases are trained in float32 and returned in their types here.
+      key: of the noise and the classes that the trajectories start from.
+      recipe: how long, and in which form.
+      folder: where `step_NNNNNN` (orbax: state and trajectory) is written every `save_every` steps and at the end. The
+        same call continues from it, with the same bits as if it had never stopped. None: nothing is written.
+      log_file: one JSON line for each step, see `read_log`; continued as well.
+      on_step: is given each line after its step.
+
+    Raises:
+      InputError: the network does not do as `Network` says, nothing is quantized, the trees do not fit each other, or
+        `folder` holds the run of another recipe.
     """
+    network = as_network(model, recipe.remat)
+    check(network, params)
     sched = diffusion.make_schedule(recipe.trajectory_steps)
-    student = make_student(recipe, teacher, kmeans)
-    state = calibrate.init(recipe, student)
-    where = trajectory.begin(model, sched, jax.random.key_data(key), jnp.int32(0), recipe.batch)
-    # The step gives its state away, so the state may share no buffer with the student.
-    done, (state, where) = _resume(folder, jax.tree.map(jnp.copy, (state, where)))
-    _truncate_log(log_file, done)
+    student = make_student(recipe, params, packed)
+    check(network, student)
+    state = optimize.init(recipe, student)
+    where = trajectory.begin(network, sched, jax.random.key_data(key), jnp.int32(0), recipe.batch)
 
     def step(state, where, student, teacher):
         new = where.i == sched.num_steps - 1
         info = {"trajectory": where.number, "timestep": sched.timesteps[where.i]}
-        batch, where = trajectory.advance(model, teacher, sched, recipe.cfg_scale, where)
-        state, metrics = calibrate.update(recipe, model, state, student, batch, new)
+        batch, where = trajectory.advance(network, teacher, sched, recipe.cfg_scale, where)
+        state, metrics = optimize.update(recipe, network, state, student, batch, new)
         return state, where, {**info, **metrics}
 
     step = jax.jit(step, donate_argnums=(0, 1))
+    # The step gives its state away, so the state may share no buffer with the student.
+    run = _Folder(folder, recipe)
+    done, (state, where) = run.resume(jax.tree.map(jnp.copy, (state, where)))
     # Candidates are arguments, not constants: constants would be compiled into the program.
-    with progress(recipe.steps, "calibrate", "step") as bar, open(log_file, "a", encoding="utf-8") as log:
+    with reporting.progress(recipe.steps, "calibrate", "step") as bar, _open_log(log_file, done) as log:
         bar.update(done)
         for number in range(done + 1, recipe.steps + 1):
             begun = time.perf_counter()
-            state, where, metrics = step(state, where, student, teacher)
+            state, where, metrics = step(state, where, student, params)
             line = {"step": number, **_plain(metrics), "seconds": round(time.perf_counter() - begun, 4)}
             if number % _HISTOGRAM_EVERY and number not in (1, recipe.steps):
                 del line["ratio_histogram"]
             log.write(json.dumps(line) + "\n")
             log.flush()
+            on_step(line)
             bar.set_postfix(l_d=f"{line['l_d']:.5f}", frozen=f"{line['frozen_fraction']:.0%}")
             bar.update(1)
             if number % save_every == 0 or number == recipe.steps:
-                _save(folder, number, (state, where))
-    return calibrate.finalize(student, state)
+                run.save(number, (state, where))
+    return jax.tree.map(lambda new, old: new.astype(old.dtype), optimize.finalize(student, state), packed)
 
 
 def _plain(metrics: dict[str, jax.Array]) -> dict[str, Any]:
     return {name: np.asarray(value).tolist() for name, value in jax.device_get(metrics).items()}
 
 
-def _saved_steps(folder: pathlib.Path) -> list[int]:
-    return sorted(int(p.name.removeprefix("step_")) for p in folder.glob("step_*"))
+class _Folder:
+    """The checkpoints of a run; of the folder None, nothing."""
+
+    def __init__(self, path: str | os.PathLike | None, recipe: Recipe):
+        self.path, self.recipe = path and pathlib.Path(path), dataclasses.asdict(recipe)
+
+    def _steps(self) -> list[int]:
+        return sorted(int(p.name.removeprefix("step_")) for p in self.path.glob("step_*"))
+
+    def _file(self, step: int) -> pathlib.Path:
+        return self.path / f"step_{step:06d}"
+
+    def resume(self, like: Any) -> tuple[int, Any]:
+        """(steps done, state) of the last checkpoint, or (0, like)."""
+        if self.path is None or not (steps := self._steps()):
+            return 0, like
+        theirs = checkpoint.load_metadata(self._file(steps[-1])).get("recipe", {})
+        differing = [f"{k} ({v} here, {theirs.get(k)} there)" for k, v in self.recipe.items() if theirs.get(k) != v]
+        if differing:
+            raise InputError(
+                f"{self.path} holds a run of another recipe: {', '.join(differing)}; give another folder, or remove it"
+            )
+        return steps[-1], checkpoint.load_state(self._file(steps[-1]), like)[0]
+
+    def save(self, step: int, state: Any) -> None:
+        """Writes the new state before the old ones go."""
+        if self.path is None:
+            return
+        old = [s for s in self._steps() if s != step]
+        checkpoint.save_state(self._file(step), state, {"step": step, "recipe": self.recipe})
+        for s in old:
+            files.remove(self._file(s))
 
 
-def _resume(folder: pathlib.Path, like: Any) -> tuple[int, Any]:
-    steps = _saved_steps(folder)
-    if not steps:
-        return 0, like
-    state, _ = checkpoint.load_state(folder / f"step_{steps[-1]:06d}", like)
-    return steps[-1], state
-
-
-def _save(folder: pathlib.Path, step: int, state: Any) -> None:
-    """Writes the new state before the old ones go."""
-    old = [s for s in _saved_steps(folder) if s != step]
-    checkpoint.save_state(folder / f"step_{step:06d}", state, {"step": step})
-    for s in old:
-        files.remove(folder / f"step_{s:06d}")
-
-
-def read_log(log_file: pathlib.Path) -> list[dict[str, Any]]:
+def read_log(log_file: str | os.PathLike) -> list[dict[str, Any]]:
     """The lines of train_log.jsonl; an unfinished last line is left out."""
-    if not log_file.exists():
+    if not os.path.exists(log_file):
         return []
-    return [json.loads(line) for line in log_file.read_text(encoding="utf-8").splitlines(True) if line.endswith("}\n")]
+    text = pathlib.Path(log_file).read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines(True) if line.endswith("}\n")]
 
 
-def _truncate_log(log_file: pathlib.Path, done: int) -> None:
-    """Keeps the lines of steps that the checkpoint has; the others are run again."""
+def _open_log(log_file: str | os.PathLike | None, done: int) -> TextIO:
+    """The log, open at its end. Kept are the lines of steps that the checkpoint has; the others are run again."""
+    if log_file is None:
+        return open(os.devnull, "w", encoding="utf-8")
     kept = [line for line in read_log(log_file) if line["step"] <= done]
     files.write_text(log_file, "".join(json.dumps(line) + "\n" for line in kept))
+    return open(log_file, "a", encoding="utf-8")
+
+
+def run(
+    recipe, model, teacher, kmeans, key, folder, log_file, save_every
+):  # TODO(lead): goes once pipeline.py calls calibrate
+    return calibrate(
+        model, teacher, kmeans, key=key, recipe=recipe, folder=folder, log_file=log_file, save_every=save_every
+    )

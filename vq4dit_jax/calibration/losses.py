@@ -6,14 +6,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from vq4dit_jax.calibration.network import Network
 from vq4dit_jax.calibration.trajectory import Batch
-from vq4dit_jax.models import DiT, guide
 from vq4dit_jax.vq import SoftVQArray
 
 
-def block_distance(student: Float[Array, "L B T D"], teacher: Float[Array, "L B T D"]) -> Float[Array, ""]:
-    """L_d (eq 8): mean over blocks of the mean squared difference of the block outputs."""
-    return jnp.square(student - teacher).mean()
+def block_distance(student: Any, teacher: Any) -> Float[Array, ""]:
+    """L_d (eq 8): mean over blocks of the mean squared difference of the block outputs.
+
+    Both are trees of the same arrays, each one block's output or a stack of equal blocks'; the arrays count alike.
+    """
+    distances = jax.tree.leaves(jax.tree.map(lambda a, b: jnp.square(a - b).mean(dtype=jnp.float32), student, teacher))
+    return sum(distances) / len(distances)
 
 
 def paper_regularizer(leaves: list[SoftVQArray]) -> Float[Array, ""]:
@@ -34,13 +38,15 @@ def released_regularizer(leaves: list[SoftVQArray]) -> Float[Array, ""]:
     return jnp.concatenate([jnp.atleast_1d(one(leaf)) for leaf in leaves]).mean()
 
 
-def agreement(model: DiT, params: Any, batch: Batch, cfg_scale: float) -> tuple[Float[Array, ""], Float[Array, ""]]:
+def agreement(
+    network: Network, params: Any, batch: Batch, cfg_scale: float
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """(L_d, relative L2 error of the guided noise prediction, mean over images) of `params` on a teacher's batch."""
-    output, blocks = model.apply({"params": params}, batch.x, batch.t, batch.y, return_blocks=True)
-    count, channels = len(batch.y) // 2, model.in_channels
+    output, blocks = network.apply(params, batch.x, batch.t, batch.y)
 
     def eps(out: jax.Array) -> jax.Array:
-        return guide(out, cfg_scale, channels)[:count, ..., :channels].reshape(count, -1)
+        guided = network.guide(out, cfg_scale)[..., : network.sample_shape[-1]]
+        return guided.reshape(len(guided), -1)
 
     wanted = eps(batch.output)
     error = jnp.linalg.norm(eps(output) - wanted, axis=1) / jnp.linalg.norm(wanted, axis=1)

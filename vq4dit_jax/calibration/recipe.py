@@ -35,8 +35,8 @@ class Recipe:
         that is saved. Both 1 for a constant threshold.
       codebook_training: "together" from the first step (paper), or "after_freezing": a layer's codebooks only once 99 %
         of its sub-vectors are frozen (released code).
-      remat: recompute each block in the backward pass instead of keeping what is inside it: a third more time, and
-        memory for one block instead of all.
+      remat: recompute each block of a DiT in the backward pass instead of keeping what is inside it: a third more time,
+        and memory for one block instead of all. (In a network of your own, wrap its blocks in `flax.linen.remat`.)
     """
 
     steps: int = 500

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from vq4dit_jax import diffusion
-from vq4dit_jax.models import DiT, guide
+from vq4dit_jax.calibration.network import Network
 
 _LABELS, _START, _NOISE = 0, 1, 2
 
@@ -34,32 +34,31 @@ class Batch:
     t: Int[Array, " R"]
     y: Int[Array, " R"]
     output: Float[Array, "R H W _"]
-    blocks: Float[Array, "L R T D"]
+    blocks: Any  # as `Network.apply` returns them
 
 
-def begin(model: DiT, sched: diffusion.Schedule, key_data: Array, number: Int[Array, ""], batch: int) -> Trajectory:
+def begin(
+    network: Network, sched: diffusion.Schedule, key_data: Array, number: Int[Array, ""], batch: int
+) -> Trajectory:
     """x_T ~ N(0, I) and random classes; trajectory `number` of the key is the same whatever came before it."""
     key = jax.random.fold_in(jax.random.wrap_key_data(key_data), number)
-    size = model.input_size
-    x = jax.random.normal(jax.random.fold_in(key, _START), (batch, size, size, model.in_channels), jnp.float32)
-    labels = jax.random.randint(jax.random.fold_in(key, _LABELS), (batch,), 0, model.num_classes, jnp.int32)
+    x = jax.random.normal(jax.random.fold_in(key, _START), (batch, *network.sample_shape), jnp.float32)
+    labels = jax.random.randint(jax.random.fold_in(key, _LABELS), (batch,), 0, network.num_classes, jnp.int32)
     return Trajectory(x, labels, jnp.int32(sched.num_steps - 1), jnp.asarray(number, jnp.int32), key_data)
 
 
 def advance(
-    model: DiT, teacher: Any, sched: diffusion.Schedule, cfg_scale: float, trajectory: Trajectory
+    network: Network, teacher: Any, sched: diffusion.Schedule, cfg_scale: float, trajectory: Trajectory
 ) -> tuple[Batch, Trajectory]:
     """One teacher evaluation: the batch at x_t, and the trajectory at the teacher's x_{t-1} (or a new one after x_0)."""
     i, count = trajectory.i, len(trajectory.labels)
-    x = jnp.concatenate([trajectory.x, trajectory.x])
-    t = jnp.full((2 * count,), sched.timesteps[i], jnp.int32)
-    y = jnp.concatenate([trajectory.labels, jnp.full_like(trajectory.labels, model.num_classes)])
-    output, blocks = model.apply({"params": teacher}, x, t, y, return_blocks=True)
+    x, t, y = network.rows(trajectory.x, sched.timesteps[i], trajectory.labels)
+    output, blocks = network.apply(teacher, x, t, y)
 
     key = jax.random.fold_in(jax.random.wrap_key_data(trajectory.key_data), trajectory.number)
     noise = jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, _NOISE), i), trajectory.x.shape, jnp.float32)
-    guided = guide(output, cfg_scale, model.in_channels)[:count]
+    guided = network.guide(output, cfg_scale)
     following = dataclasses.replace(trajectory, x=diffusion.ddpm_step(sched, i, trajectory.x, guided, noise), i=i - 1)
-    fresh = begin(model, sched, trajectory.key_data, trajectory.number + 1, count)
+    fresh = begin(network, sched, trajectory.key_data, trajectory.number + 1, count)
     following = jax.tree.map(lambda new, old: jnp.where(i == 0, new, old), fresh, following)
     return Batch(x, t, y, output, blocks), following

@@ -3,5 +3,6 @@
 from vq4dit_jax.reporting.grids import write_comparison, write_grid
 from vq4dit_jax.reporting.progress import progress
 from vq4dit_jax.reporting.report import ReportData, write_report
+from vq4dit_jax.reporting.table import markdown
 
-__all__ = ["ReportData", "progress", "write_comparison", "write_grid", "write_report"]
+__all__ = ["ReportData", "markdown", "progress", "write_comparison", "write_grid", "write_report"]

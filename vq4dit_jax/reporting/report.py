@@ -10,6 +10,7 @@ import numpy as np
 
 from vq4dit_jax.files import write_text
 from vq4dit_jax.reporting import outcome, process
+from vq4dit_jax.reporting import table as papers
 from vq4dit_jax.reporting.markup import render
 
 
@@ -30,6 +31,7 @@ class ReportData:
         "shape" ([O, I]), "codewords" (K), "subvector" (d), "groups" (codebooks in it), "bits" (codes and codebook,
         per weight), "kmeans_error" and "final_error" (relative Frobenius error of the weights, before and after
         calibration).
+      table: the rows of table.json, see `reporting.table`.
       images: model ("fp", "kmeans", "vq4dit", in this order) -> uint8 (N, H, W, 3); picture i of each from the same
         seed and label. N may differ: the page shows what all have.
       labels: class name of each picture.
@@ -44,6 +46,7 @@ class ReportData:
     images: dict[str, np.ndarray]
     labels: list[str]
     command: str
+    table: list[dict] = dataclasses.field(default_factory=list)
 
 
 def write_report(path: str | os.PathLike, data: ReportData) -> None:
@@ -56,6 +59,7 @@ def write_report(path: str | os.PathLike, data: ReportData) -> None:
         outcome.headline(data.title, data.metrics),
         outcome.pictures(data.images, data.labels),
         outcome.quality(data.metrics),
+        papers.quality_by_steps(data.table),
         process.calibration(data.metrics, data.train_log),
         process.ratios(data.train_log),
         outcome.size(data.metrics),
@@ -65,4 +69,5 @@ def write_report(path: str | os.PathLike, data: ReportData) -> None:
     ]
     template = importlib.resources.files(__package__).joinpath("template.html").read_text(encoding="utf-8")
     title = html.escape(data.title).encode("utf-8", "replace").decode("utf-8")
-    write_text(path, string.Template(template).substitute(title=title, body="\n".join(map(render, body))))
+    text = "\n".join(render(part) for part in body if part is not None)
+    write_text(path, string.Template(template).substitute(title=title, body=text))

@@ -37,11 +37,15 @@ class SoftVQArray:
         hard = jax.nn.one_hot(self.logits.argmax(axis), self.logits.shape[axis], axis=axis, dtype=self.logits.dtype)
         return jnp.where(jnp.expand_dims(self.frozen, axis), hard, jax.nn.softmax(self.logits, axis))
 
-    def decode(self) -> Float[Array, "O I"]:
-        """The soft weight of one matrix (no stack axes)."""
-        return pallas_kernels.soft_decode(self.codebook, self.candidates, self.ratios())
+    def decode(self) -> Float[Array, "*stack O I"]:
+        """The soft weight; differentiable in codebook and logits."""
+        fn = lambda codebook, candidates, ratios: pallas_kernels.soft_decode(codebook, candidates, ratios)
+        for _ in self.codebook.shape[:-3]:
+            fn = jax.vmap(fn)
+        return fn(self.codebook, self.candidates, self.ratios())
 
     def matmul(self, x: Float[Array, "*batch I"]) -> Float[Array, "*batch O"]:
+        """x @ W_hat^T of one matrix (no stack axes)."""
         return jax.lax.dot_general(x, self.decode().astype(x.dtype), (((x.ndim - 1,), (1,)), ((), ())))
 
     def harden(self) -> VQArray:

@@ -19,9 +19,10 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from vq4dit_jax.calibration import losses
+from vq4dit_jax.calibration.network import Network
 from vq4dit_jax.calibration.recipe import Recipe
 from vq4dit_jax.calibration.trajectory import Batch
-from vq4dit_jax.models import DiT
+from vq4dit_jax.errors import InputError
 from vq4dit_jax.vq import SoftVQArray
 
 _FROZEN_ENOUGH = 0.99
@@ -97,7 +98,9 @@ def init(recipe: Recipe, student: Any) -> State:
     flat = _flatten(student)
     soft = {path: leaf for path, leaf in flat.items() if _is_soft(leaf)}
     if not soft:
-        raise ValueError("no leaf of the tree is a SoftVQArray: there is nothing to calibrate")
+        raise InputError(
+            "no parameter is quantized, so there is nothing to calibrate; give quantize() a rule with a VQSpec"
+        )
     layers = {path.partition("#")[0].rpartition("/")[0] for path in soft}
     biases = {
         f"{layer}/bias": jnp.asarray(flat[f"{layer}/bias"], jnp.float32) for layer in layers if f"{layer}/bias" in flat
@@ -141,7 +144,7 @@ def _threshold(recipe: Recipe, step: Int[Array, ""]) -> Float[Array, ""]:
 
 
 def update(
-    recipe: Recipe, model: DiT, state: State, student: Any, batch: Batch, new_trajectory: Bool[Array, ""]
+    recipe: Recipe, network: Network, state: State, student: Any, batch: Batch, new_trajectory: Bool[Array, ""]
 ) -> tuple[State, dict]:
     """One optimizer step. `student` gives what does not change (candidates, kept parameters); `new_trajectory` is true
     at the first step of one, where the released regularizer forgets its minimum.
@@ -152,9 +155,7 @@ def update(
 
     def loss_fn(trainable: Trainable) -> tuple[Array, tuple]:
         params = _merge(student, trainable, state.frozen)
-        _, blocks = model.clone(remat=recipe.remat).apply(
-            {"params": params}, batch.x, batch.t, batch.y, return_blocks=True
-        )
+        _, blocks = network.apply(params, batch.x, batch.t, batch.y)
         l_d = losses.block_distance(blocks, batch.blocks)
         leaves = [leaf for leaf in _flatten(params).values() if _is_soft(leaf)]
         if recipe.regularizer == "paper":
@@ -199,13 +200,6 @@ def _settled(frozen: Bool[Array, "*stack O S"], ndim: int) -> Bool[Array, "..."]
     return settled.reshape(settled.shape + (1,) * (ndim - settled.ndim))
 
 
-def finalize(student: Any, state: State, codebook_dtype: Any = jnp.float32) -> dict[str, Any]:
-    """The hard model: argmax of the ratios, packed, codebooks in `codebook_dtype` (step 9 of the method)."""
-
-    def harden(leaf: Any) -> Any:
-        if not _is_soft(leaf):
-            return leaf
-        hard = leaf.harden()
-        return dataclasses.replace(hard, codebook=hard.codebook.astype(codebook_dtype))
-
-    return jax.tree.map(harden, merge(student, state), is_leaf=_is_soft)
+def finalize(student: Any, state: State) -> dict[str, Any]:
+    """The hard model: argmax of the ratios, packed; codebooks and biases in float32 (step 9 of the method)."""
+    return jax.tree.map(lambda leaf: leaf.harden() if _is_soft(leaf) else leaf, merge(student, state), is_leaf=_is_soft)

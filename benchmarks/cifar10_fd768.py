@@ -1,0 +1,106 @@
+"""Is fd768 a measure? CIFAR-10's training images against its test images, and half of the classes against the others.
+
+    python -m benchmarks.cifar10_fd768 CIFAR10 WEIGHTS --out=benchmarks/results/cifar10_fd768.json
+
+CIFAR10 has the folders train/CLASS and test/CLASS; the first `--per-class` images of each, by name, are used. A Frechet
+distance falls with the number of images, so sets are compared with sets of the same size:
+
+  train against test            small: two draws of one distribution
+  the same with half of each    how much of that is the number of images, and how much it varies between draws
+  5 classes against the other 5 another distribution, with as many images as in the first row
+
+Features are kept in `--cache` class by class, so that a run that was stopped goes on.
+"""
+
+import argparse
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+
+from vq4dit_jax import files, provenance
+from vq4dit_jax.command_line import Parser, exit_code
+from vq4dit_jax.evaluation import Classifier, extract_features, frechet_distance, load_inception
+from vq4dit_jax.evaluation.images import open_images
+from vq4dit_jax.reporting import progress
+
+OUTPUTS = ("mixed_7", "spatial")
+
+
+def class_features(
+    classifier: Classifier, folder: pathlib.Path, count: int, cache: pathlib.Path
+) -> dict[str, np.ndarray]:
+    """Features of the first `count` images of a folder, from the cache where they are there."""
+    target = cache / f"{folder.parent.name}_{folder.name}_{count}_{classifier.checksum[:8]}.npz"
+    if not target.exists():
+        images = np.concatenate(list(open_images(folder, limit=count).batches(count)))
+        outputs = extract_features(classifier, images)
+        with files.atomic_path(target) as partial, open(partial, "wb") as file:
+            np.savez(file, **{name: outputs[name] for name in OUTPUTS})
+    with np.load(target, allow_pickle=False) as kept:
+        return {name: kept[name] for name in OUTPUTS}
+
+
+def comparisons(features: dict[tuple[str, str], np.ndarray]) -> dict[str, dict]:
+    """Distances between sets of images; `features` maps (split, class) to features (N, D)."""
+    classes = sorted({name for _, name in features})
+    half = len(next(iter(features.values()))) // 2
+
+    def join(splits: str, names: list[str], rows: slice = slice(None)) -> np.ndarray:
+        return np.concatenate([features[split, name][rows] for split in splits.split("+") for name in names])
+
+    first, second = slice(0, half), slice(half, None)
+    pairs = {
+        "train against test": (join("train", classes), join("test", classes)),
+        "first half of train against first half of test": (join("train", classes, first), join("test", classes, first)),
+        "second half of train against second half of test": (
+            join("train", classes, second),
+            join("test", classes, second),
+        ),
+        "first half of train against its second half": (join("train", classes, first), join("train", classes, second)),
+    }
+    for name, group in {
+        f"{classes[0]}...{classes[4]} against the others": classes[:5],
+        f"{', '.join(classes[::2])} against the others": classes[::2],
+    }.items():
+        pairs[name] = join("train+test", group), join("train+test", [c for c in classes if c not in group])
+    return {name: {"distance": frechet_distance(a, b), "images": [len(a), len(b)]} for name, (a, b) in pairs.items()}
+
+
+def main(arguments: list[str]) -> None:
+    parser = Parser("python -m benchmarks.cifar10_fd768", description=__doc__.splitlines()[0])
+    parser.add_argument("images", metavar="CIFAR10", type=pathlib.Path, help="folder with train/CLASS and test/CLASS")
+    parser.add_argument("weights", metavar="WEIGHTS", help="of Inception, for load_inception")
+    parser.add_argument(
+        "--per-class", type=int, default=1000, help="images of each class and split (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--cache", type=pathlib.Path, default=pathlib.Path("runs/cifar10_fd768"), help="default: %(default)s"
+    )
+    parser.add_argument("--out", required=True, metavar="FILE.json")
+    flags: argparse.Namespace = parser.parse_args(arguments)
+    classifier = load_inception(flags.weights)
+    folders = sorted(path for split in ("test", "train") for path in (flags.images / split).iterdir())
+    found = {}
+    for folder in progress(folders, "features", "folder"):
+        found[folder.parent.name, folder.name] = class_features(classifier, folder, flags.per_class, flags.cache)
+    result = {
+        "command": "python -m benchmarks.cifar10_fd768 " + " ".join(arguments),
+        "commit": subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+        ).stdout.strip(),
+        "network": classifier.title,
+        "weights_sha256": classifier.checksum,
+        "devices": provenance.devices(),
+        "versions": provenance.versions(),
+        "fd768": comparisons({key: value["mixed_7"] for key, value in found.items()}),
+        "sfid": comparisons({key: value["spatial"] for key, value in found.items()}),
+    }
+    files.write_json(flags.out, result)
+    for name, row in result["fd768"].items():
+        print(f"{row['distance']:9.4f}  {name} ({row['images'][0]:,} and {row['images'][1]:,} images)")
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(lambda: main(sys.argv[1:])))
