@@ -2,8 +2,9 @@
 
     import vq4dit_jax as vq
     model, params = vq.load_pretrained("DiT-XL-2-256x256.pt")
-    packed = vq.quantize(params, bits=2, key=jax.random.key(0))
-    images = vq.sample(model, packed, labels, key=jax.random.key(1), num_steps=50)
+    kmeans = vq.quantize(params, bits=2, key=jax.random.key(0))
+    packed = vq.calibrate(model, params, kmeans, key=jax.random.key(1))
+    images = vq.sample(model, packed, labels, key=jax.random.key(2), num_steps=50)
 
 Names are imported at first use, so that `import vq4dit_jax` is quick and brings neither TensorFlow nor PyTorch.
 """
@@ -17,8 +18,11 @@ _HOME = {
     "DIT_VARIANTS": "vq4dit_jax.models",
     "DiT": "vq4dit_jax.models",
     "KEEP": "vq4dit_jax.quantization",
+    "Network": "vq4dit_jax.calibration",
+    "Recipe": "vq4dit_jax.calibration",
     "VQArray": "vq4dit_jax.vq",
     "VQSpec": "vq4dit_jax.quantization",
+    "calibrate": "vq4dit_jax.calibration",
     "dequantize": "vq4dit_jax.quantization",
     "load_pretrained": "convert.load",
     "load_quantized": "vq4dit_jax.checkpoint",

@@ -162,28 +162,25 @@ class Pipeline:
             if not to_do:
                 return
             model, teacher = self.teacher
-            hard = calibration.run(
-                configs.recipe(self.config),
+            hard = calibration.calibrate(
                 model,
                 teacher,
                 self.kmeans,
-                self.key(_TRAJECTORIES),
-                self.dir.calibration,
-                self.dir.log,
-                self.config.calibration.save_every,
+                key=self.key(_TRAJECTORIES),
+                recipe=configs.recipe(self.config),
+                folder=self.dir.calibration,
+                log_file=self.dir.log,
+                save_every=self.config.calibration.save_every,
             )
-            checkpoint.save_quantized(
-                self.dir.calibration / "hard", model, hard, {"stage": "calibrated, before rounding"}
-            )
+            checkpoint.save_quantized(self.dir.calibration / "hard", model, hard, {"stage": "calibrated"})
 
     def export(self) -> None:
-        """Rounds what is not assignments to its stored type, writes both files, and the table of layers."""
+        """Writes the model in both formats, and the table of layers."""
         with self.dir.stage("export") as to_do:
             if not to_do:
                 return
             model, teacher = self.teacher
-            _, hard, _ = checkpoint.load_quantized(self.dir.calibration / "hard")
-            packed = _round(hard, self.config.quantize.codebook_dtype, self.config.quantize.other_dtype)
+            _, packed, _ = checkpoint.load_quantized(self.dir.calibration / "hard")
             extra = {"config": self.resolved, "vq4dit_jax": __version__}
             checkpoint.save_quantized(self.dir.quantized, model, packed, extra)
             checkpoint.save_safetensors(self.dir.safetensors, model, packed, extra)
@@ -332,15 +329,6 @@ def _cast_kept(params: Any, dtype: str) -> Any:
     return jax.tree_util.tree_map_with_path(
         lambda path, a: a if path[-1].key == "kernel" and path[0].key == "blocks" else a.astype(dtype), params
     )
-
-
-def _round(params: Any, codebook_dtype: str, other_dtype: str) -> Any:
-    def one(leaf: Any) -> Any:
-        if isinstance(leaf, quantization.VQArray):
-            return leaf.with_codebook(leaf.codebook.astype(codebook_dtype))
-        return leaf.astype(other_dtype)
-
-    return quantization.map_leaves(one, params)
 
 
 def _title(config: Any, model: DiT) -> str:

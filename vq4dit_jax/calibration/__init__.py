@@ -1,7 +1,7 @@
 """Zero-data calibration of a vector-quantized model against its full-precision teacher."""
 
 from vq4dit_jax.calibration.assess import held_out_agreement
-from vq4dit_jax.calibration.loop import calibrate, make_student, read_log, run
+from vq4dit_jax.calibration.loop import calibrate, make_student, read_log
 from vq4dit_jax.calibration.network import Network, as_network
 from vq4dit_jax.calibration.optimize import State, Trainable, finalize, init, merge, update
 from vq4dit_jax.calibration.recipe import Recipe
@@ -24,6 +24,5 @@ __all__ = [
     "make_student",
     "merge",
     "read_log",
-    "run",
     "update",
 ]

@@ -180,11 +180,3 @@ def _open_log(log_file: str | os.PathLike | None, done: int) -> TextIO:
     kept = [line for line in read_log(log_file) if line["step"] <= done]
     files.write_text(log_file, "".join(json.dumps(line) + "\n" for line in kept))
     return open(log_file, "a", encoding="utf-8")
-
-
-def run(
-    recipe, model, teacher, kmeans, key, folder, log_file, save_every
-):  # TODO(lead): goes once pipeline.py calls calibrate
-    return calibrate(
-        model, teacher, kmeans, key=key, recipe=recipe, folder=folder, log_file=log_file, save_every=save_every
-    )
