@@ -110,7 +110,7 @@ def test_the_table_has_full_precision_beside_both_widths_at_all_steps(runs):
     widths = sorted({row["bits"] for row in rows})
     assert len(widths) == 3 and widths[0] < widths[1] < widths[2] == 32
     html = (runs / "w2" / "report.html").read_text()
-    assert "Quality by time steps and bits" in html and html.count("<th scope=\"row\">3</th>") == 3
+    assert "Quality by time steps and bits" in html and html.count('<th scope="row">3</th>') == 3
 
 
 def test_full_precision_samples_are_made_once(runs):
@@ -143,7 +143,10 @@ def test_what_is_missing_is_said_before_the_work(capsys, tmp_path):
         ("--config.beside=nowhere", "--config.beside=nowhere"),
         ("--config.sample.more_steps=(2,)", "more_steps"),
     ):
-        real = (f"--config.evaluation.classifier={_inception(tmp_path / 'i.npz')}", f"--config.evaluation.reference={__file__}")
+        real = (
+            f"--config.evaluation.classifier={_inception(tmp_path / 'i.npz')}",
+            f"--config.evaluation.reference={__file__}",
+        )
         workdir = tmp_path / "new"
         code = command.main(["--config=configs/xl2_256_w2.py", f"--workdir={workdir}", *SMALL, *real, argument])
         err = capsys.readouterr().err

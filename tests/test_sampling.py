@@ -27,7 +27,9 @@ def test_there_are_two_devices_to_shard_over():
 def test_image_i_is_the_same_in_any_batch(sampler):
     """Also for a batch that the devices do not divide."""
     whole = _sample(sampler=sampler)
-    parts = np.concatenate([_sample(LABELS[i : i + 3], sampler=sampler, indices=np.arange(i, min(i + 3, 7))) for i in (0, 3, 6)])
+    parts = np.concatenate(
+        [_sample(LABELS[i : i + 3], sampler=sampler, indices=np.arange(i, min(i + 3, 7))) for i in (0, 3, 6)]
+    )
     assert whole.shape == (7, 8, 8, 3) and np.isfinite(whole).all()
     np.testing.assert_allclose(parts, whole, atol=2e-4 * np.abs(whole).max())
 

@@ -25,12 +25,24 @@ ROWS = [
 
 
 def _cells(text: str) -> list[list[str]]:
-    return [[cell.strip() for cell in line.strip("| ").split("|")] for line in text.splitlines() if line.startswith("|")]
+    return [
+        [cell.strip() for cell in line.strip("| ").split("|")] for line in text.splitlines() if line.startswith("|")
+    ]
 
 
 def test_rows_stand_as_in_the_papers_by_steps_then_bits():
     head, rule, *rows = _cells(markdown("DiT-XL/2", ROWS, "python -m vq4dit_jax.main"))
-    assert head == ["Timesteps", "Method", "Bits (W)", "Size (MB)", "FID ↓", "sFID ↓", "IS ↑", "Precision ↑", "Recall ↑"]
+    assert head == [
+        "Timesteps",
+        "Method",
+        "Bits (W)",
+        "Size (MB)",
+        "FID ↓",
+        "sFID ↓",
+        "IS ↑",
+        "Precision ↑",
+        "Recall ↑",
+    ]
     assert set(rule) == {"---"} and {len(row) for row in rows} == {len(head)}
     assert [(row[0], row[2]) for row in rows] == [(s, b) for s in ("250", "100", "50") for b in ("32", "3", "2")]
     assert rows[0][3:5] == ["2700.0", "25.0"] and rows[-1][1:5] == ["VQ4DiT", "2", "170.0", "12.4"]
@@ -43,7 +55,10 @@ def test_the_order_and_doubles_of_the_input_change_nothing():
 
 def test_only_pool_3_of_inception_is_called_fid():
     assert is_fid(ROWS)
-    for features in ("Inception-v3 (2015-12-05) up to mixed_7 mixed_7 (768) against x", "CIFAR-10 ResNet-56 pool (64) against x"):
+    for features in (
+        "Inception-v3 (2015-12-05) up to mixed_7 mixed_7 (768) against x",
+        "CIFAR-10 ResNet-56 pool (64) against x",
+    ):
         rows = [*ROWS, _row(features=features, steps=10)]
         assert not is_fid(rows)
         assert "FID" not in "".join(_cells(markdown("DiT", rows, "c"))[0])
