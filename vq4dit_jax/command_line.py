@@ -26,7 +26,7 @@ def exit_code(work: Callable[[], None]) -> int:
     except (PermissionError, NotADirectoryError, IsADirectoryError) as error:
         message = f"{error}; choose a file or folder that this user may use"
     except KeyboardInterrupt:
-        print("vq4dit: stopped; the same command goes on from here", file=sys.stderr)
+        print("vq4dit: stopped; nothing is half-written, run the same command again", file=sys.stderr)
         return 130
     except Exception as error:
         if not is_disk_full(error):
