@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 
 from convert.inception import expected_shapes, graph_name
 from vq4dit_jax import main as command
+from vq4dit_jax.calibration import assess
 from vq4dit_jax.evaluation import tfgan
 from vq4dit_jax.models.vae import AutoencoderKL
 
@@ -78,6 +79,8 @@ def runs(tmp_path_factory):
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tfgan, "frechet_distance", distance_of_means)
+        patch.setattr(assess, "HELD_OUT_IMAGES", 2)
+        patch.setattr(assess, "HELD_OUT_STEPS", 2)
         for bits, beside in ((3, ()), (2, (f"--config.beside={folder / 'w3'}",))):
             config = f"--config=configs/xl2_256_w{bits}.py"
             assert command.main([config, f"--workdir={folder / f'w{bits}'}", *SMALL, *measured, *beside]) == 0

@@ -5,7 +5,7 @@ import math
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
@@ -20,6 +20,7 @@ def codes_and_bits(draw):
     return draw(npst.arrays(np.int32, shape, elements=st.integers(0, 2**bits - 1))), bits
 
 
+@settings(max_examples=30)  # each compiles programs of its own
 @given(codes_and_bits())
 def test_unpacking_is_the_inverse_of_packing(case):
     codes, bits = case

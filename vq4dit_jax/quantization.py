@@ -229,10 +229,9 @@ def dequantize(params: Params, dtype: Any = None) -> Any:
 def random_params(shapes: Any, key: jax.Array, scale: float = 0.02) -> Any:
     """Normal(0, scale^2) leaves of the given shapes: no trained model, but one whose timing and sizes are real."""
     leaves, treedef = jax.tree.flatten(shapes)
-    keys = jax.random.split(key, len(leaves))
-    return treedef.unflatten(
-        [scale * jax.random.normal(k, s.shape, s.dtype) for k, s in zip(keys, leaves, strict=True)]
-    )
+    # numpy's, because jax compiles a program for every shape.
+    rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
+    return treedef.unflatten([jnp.asarray(scale * rng.standard_normal(s.shape, np.float32), s.dtype) for s in leaves])
 
 
 @dataclasses.dataclass(frozen=True)
