@@ -321,7 +321,8 @@ def test_two_blocks_of_xl2_width_go_through_the_whole_pipeline(tmp_path, monkeyp
     code = command.main([
         "--config=configs/xl2_256_w2.py", f"--workdir={workdir}", *small,
         "--config.model.random_init=True", "--config.model.depth=2", "--config.calibration.steps=1",
-        "--config.calibration.batch=1", "--config.sample.num_images=2", "--config.sample.batch=2", "--config.sample.more_steps=()",
+        "--config.calibration.batch=1", "--config.sample.num_images=2", "--config.sample.batch=2",
+        "--config.sample.more_steps=()",
     ])  # fmt: skip
     assert code == 0
     m = _metrics(workdir)
