@@ -15,11 +15,11 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_p
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
-# A program is compiled once in a session, whichever worker, test or child process needs it first.
-if "PYTEST_XDIST_WORKER" not in os.environ:
-    _COMPILED = tempfile.TemporaryDirectory(prefix="vq4dit-compiled-")
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = _COMPILED.name
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+# A program is compiled once in a worker, whichever test or child process needs it first. Not shared between workers, because
+# JAX writes entries in place, and half an entry that is read is a warning.
+_COMPILED = tempfile.TemporaryDirectory(prefix="vq4dit-compiled-")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _COMPILED.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 # diffusers asks the hub for nothing, not even whether a file is there.
 os.environ["HF_HUB_OFFLINE"] = "1"
 

@@ -214,6 +214,7 @@ def test_finalize_takes_the_largest_ratio(quantized):
 
 def test_the_trajectory_is_the_teachers_guided_ddpm_and_begins_anew_after_its_end(quantized):
     model, teacher, _ = quantized
+    teacher = jax.tree.map(lambda a: 0.25 * a, teacher)  # x stays near 1, and its noise can be told from rounding
     sched = diffusion.make_schedule(3)
     key = jax.random.key(4)
     where = calibration.begin(NETWORK, sched, jax.random.key_data(key), jnp.int32(0), 2)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import pickle
 import shutil
 import signal
@@ -38,6 +39,15 @@ def _run(*arguments, **popen) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "-m", "vq4dit_jax.main", *arguments], cwd=ROOT, capture_output=True, text=True, **popen
     )
+
+
+def _programs_to_spoil(folder: pathlib.Path) -> dict[str, str]:
+    """An environment with the compiled programs of this one in a folder of its own, where a killed process may leave half
+    a file."""
+    folder.mkdir()
+    for file in pathlib.Path(os.environ["JAX_COMPILATION_CACHE_DIR"]).iterdir():
+        os.link(file, folder / file.name)
+    return {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(folder)}
 
 
 def _metrics(workdir) -> dict:
@@ -115,7 +125,7 @@ def _figures(workdir) -> dict:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_killed_in_any_stage_it_ends_with_the_same_figures(finished, tmp_path_factory, stage):
+def test_killed_in_any_stage_it_ends_with_the_same_figures(finished, tmp_path_factory, tmp_path, stage):
     """SIGKILL while `stage` runs (its predecessor is done, it is not), then the same command again."""
     position = STAGES.index(stage)
     workdir = _workdir(tmp_path_factory, position)
@@ -142,7 +152,7 @@ def test_killed_in_any_stage_it_ends_with_the_same_figures(finished, tmp_path_fa
     }.get(stage)
     process = subprocess.Popen(
         [sys.executable, "-m", "vq4dit_jax.main", CONFIG, f"--workdir={workdir}", *SMALL],
-        cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=_programs_to_spoil(tmp_path / "programs"),
     )  # fmt: skip
     deadline = time.monotonic() + 120
     # The last two stages are short: a moment after the start is in or before them, never after both.
