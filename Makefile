@@ -18,7 +18,7 @@ demo: $(VENV)/installed-demo
 	@echo "The report is $(WORKDIR)/report.html"
 
 test: $(VENV)/installed-test
-	$(VENV)/bin/python -m pytest --numprocesses=2 --dist=loadfile $(PYTEST_ARGS)
+	$(VENV)/bin/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 # The stamps: an install set is installed again only when what it is made from has changed.
 $(VENV)/installed-demo: $(VENV)/bin/python setup.cfg pyproject.toml $(wildcard constraints/*.txt)

@@ -32,6 +32,20 @@ hypothesis.settings.load_profile("vq4dit")
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
+# Files that take minutes come first, so that no worker waits for another at the end.
+_LONG = (
+    "test_pipeline.py",
+    "test_notebooks.py",
+    "test_latent_pipeline.py",
+    "test_calibration.py",
+    "test_generation.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: _LONG.index(item.path.name) if item.path.name in _LONG else len(_LONG))
+
+
 @pytest.fixture(scope="session")
 def shared() -> pathlib.Path:
     """The folder of data sets and trained models that stands beside the repository on the project's machines."""
