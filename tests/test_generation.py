@@ -112,6 +112,7 @@ def test_two_processes_make_the_same_file(whole, tmp_path):
     assert json.loads((out / "recipe.json").read_text())["devices"].startswith("4 x")
 
 
+@pytest.mark.once
 def test_killed_and_resumed_on_other_devices_it_makes_the_same_file(whole, tmp_path):
     """SIGKILL after some shards; those are kept as they are, and the rest is made."""
     out = tmp_path / "killed"
@@ -146,6 +147,7 @@ def test_shards_that_are_there_are_not_made_again(checkpoint, tmp_path):
     assert (images[2:4] == mark).all() and not (images[[0, 1, 4]] == 7).all()
 
 
+@pytest.mark.once
 def test_fifty_thousand_images_in_the_memory_of_one_batch(checkpoint, tmp_path):
     """The images are 154 MB, a batch is 1.5 MB as bytes and 6 MB as floats. The peak of the process grows by far less."""
 

@@ -64,6 +64,7 @@ def test_quickstart_runs(execute):
     }  # fmt: skip
 
 
+@pytest.mark.once
 @pytest.mark.filterwarnings("default")
 def test_xl2_runs_small_and_without_a_network(execute):
     notebook, working = execute("xl2_256.ipynb")

@@ -124,6 +124,7 @@ def _figures(workdir) -> dict:
     return {key: value for key, value in _metrics(workdir).items() if key != "time_s"}
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("stage", STAGES)
 def test_killed_in_any_stage_it_ends_with_the_same_figures(finished, tmp_path_factory, tmp_path, stage):
     """SIGKILL while `stage` runs (its predecessor is done, it is not), then the same command again."""
@@ -291,6 +292,7 @@ def test_a_workdir_that_cannot_be_made(capsys, tmp_path):
         assert str(tmp_path / "file") in err and err.count("\n") == 1
 
 
+@pytest.mark.once
 def test_a_full_disk_is_one_line_and_leaves_no_half_written_file(tmp_path):
     """Files may not grow past 200 kB, which the k-means result does not fit in."""
     arguments = [sys.executable, "-m", "vq4dit_jax.main", CONFIG, f"--workdir={tmp_path / 'w'}", *SMALL]
@@ -321,6 +323,7 @@ def test_help_tells_the_keys(capsys):
 # Other models ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.once
 def test_two_blocks_of_xl2_width_go_through_the_whole_pipeline(tmp_path, monkeypatch):
     from vq4dit_jax.calibration import assess
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 
 from vq4dit_jax.evaluation import StreamingMoments, iterate_features, load_classifier, streaming
 
@@ -35,6 +36,7 @@ def start(devices: int, *arguments: str | pathlib.Path) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, "-c", PROGRAM, *map(str, arguments)], cwd=ROOT, env=env)
 
 
+@pytest.mark.once
 def test_one_device_eight_devices_and_two_processes(tmp_path, monkeypatch):
     monkeypatch.setattr(streaming, "CHUNK", 128)
     with socket.socket() as free:
