@@ -73,10 +73,12 @@ def test_the_recipe_stands_below_once_or_by_number():
 
 
 def test_a_missing_figure_is_a_dash_and_its_reason_is_told():
-    rows = [_row(fd=None, sfd=None, reasons={"fd": "no weights of the last layers"}), _row(**FULL)]
+    reasons = {"fd": "no weights of the last layers", "psnr_to_fp_db": "nothing beside it"}
+    rows = [_row(fd=None, sfd=None, reasons=reasons), _row(**FULL)]
     text = markdown("DiT", rows, "c")
     assert _cells(text)[-1][4:6] == ["—", "—"]
     assert re.search(r"— fd: no weights of the last layers\.", text)
+    assert "nothing beside it" not in text  # the table has no column of it
 
 
 def test_the_report_has_the_table_only_where_it_says_more_than_metrics():

@@ -48,6 +48,8 @@ def _cells(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]], list
     reasons: dict[str, list[str]] = {}
     for row in rows:
         for figure, reason in (row.get("reasons") or {}).items():
+            if figure == "psnr_to_fp_db":  # the table has no column of it
+                continue
             figures = reasons.setdefault(reason, [])
             figures += [figure] if figure not in figures else []
     notes += [f"{DASH} {', '.join(figures)}: {reason}." for reason, figures in reasons.items()]
