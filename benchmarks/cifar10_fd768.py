@@ -10,8 +10,8 @@ first row compare sets of the same size, with as many images of each class, the 
   the same with half of each    how much of that is the number of images, and how much it varies between draws
   5 classes against the other 5 another distribution, with as many images as in the second row
 
-Features are kept in `--cache`, 1,000 images to a file, so that a run that was stopped goes on. 60,000 images take an hour
-and a half on two cores; `--per-class=1000` takes half an hour and leaves out the first row.
+Features are kept in `--cache`, 1,000 images to a file, so that a run that was stopped goes on. `--per-class=1000` needs 20,000
+of the 60,000 images and leaves out the first row; two Zen 3 cores do 12 images/s (benchmarks/inception_speed.py).
 """
 
 import argparse
@@ -35,10 +35,10 @@ def class_features(
     classifier: Classifier, folder: pathlib.Path, limit: int | None, cache: pathlib.Path
 ) -> dict[str, np.ndarray]:
     """Features of the first `limit` images of a folder, or of all, from the cache where they are there."""
-    images = open_images(folder)
     chunks = []
-    for number, chunk in enumerate(open_images(folder, limit and min(limit, len(images))).batches(_CHUNK)):
-        name = f"{folder.parent.name}_{folder.name}_{number * _CHUNK}_{len(chunk)}_{classifier.checksum[:8]}.npz"
+    for start, chunk in zip(range(0, limit or sys.maxsize, _CHUNK), open_images(folder).batches(_CHUNK)):
+        chunk = chunk[: limit - start] if limit else chunk
+        name = f"{folder.parent.name}_{folder.name}_{start}_{len(chunk)}_{classifier.checksum[:8]}.npz"
         if not (cache / name).exists():
             outputs = extract_features(classifier, chunk)
             with files.atomic_path(cache / name) as partial, open(partial, "wb") as file:

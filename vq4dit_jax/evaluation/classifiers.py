@@ -137,7 +137,7 @@ def iterate_features(
 
 def _batches_at_a_time() -> int:
     """Two hide the reading of the next one. XLA's CPU backend runs many operations on one core, so there each core has a
-    batch of its own: on two, 14 images/s of Inception instead of 9 (`benchmarks/inception_speed.py`)."""
+    batch of its own: on two, 12 images/s of Inception instead of 8 (`benchmarks/inception_speed.py`)."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(max(2, cores), 8) if jax.default_backend() == "cpu" else 2
 
