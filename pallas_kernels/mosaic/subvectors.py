@@ -1,0 +1,92 @@
+"""Sub-vectors in registers, one in each lane, and their codewords from a codebook in shared memory.
+
+A weight (O, I) is, read row after row, a list of sub-vectors of d numbers; so are its gradient, its candidates and its
+ratios. Kernels take the list in tiles. A warp loads 32 neighbouring sub-vectors with one instruction of up to 16 bytes a
+lane, and what belongs to one sub-vector meets in one lane.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental.mosaic import gpu as mgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, vector
+
+TILE = 512
+"""Sub-vectors that a warpgroup holds at a time: four in each lane."""
+
+STREAMING_MULTIPROCESSORS = 132
+"""Of an H100 (SXM) or H200."""
+
+
+def layout(length: int) -> Any:
+    """Of (TILE, d): a sub-vector in a lane. `layout(d).reduce(1)` is that of (TILE,), a number for each sub-vector."""
+    tiling = plgpu.Tiling(((128, length), (32, length)))
+    return plgpu.Layout.TILED(tiling, warp_dims=(-4,), lane_dims=(-2,), vector_dim=-1)
+
+
+def check(codebook_shape: tuple[int, ...], candidates_shape: tuple[int, ...]) -> None:
+    """ValueError for what the kernels do not take."""
+    groups, codewords, length = codebook_shape[-3:]
+    n, rows, _ = candidates_shape[-3:]
+    if codewords > 256 or length not in (2, 4, 8) or not 1 <= n <= 4 or rows % groups:
+        raise ValueError(
+            f"codebook {codebook_shape} with candidates {candidates_shape}: wanted at most 256 codewords of 2, 4 or 8 "
+            "numbers, 1 to 4 candidates, and the same number of rows in every group"
+        )
+    if codebook_shape[:-3] != candidates_shape[:-3]:
+        raise ValueError(
+            f"codebook {codebook_shape} and candidates {candidates_shape} are of different stacks of layers"
+        )
+
+
+def pad_axis(array: jax.Array, axis: int, multiple: int) -> jax.Array:
+    """Zeros behind `axis` up to a multiple; the array itself where it is one (all layers of a DiT, with K = 64 or 256)."""
+    missing = -array.shape[axis] % multiple
+    return jnp.pad(array, [(0, missing if i == axis else 0) for i in range(array.ndim)]) if missing else array
+
+
+def spread(per_subvector: jax.Array, length: int, interpret: bool) -> jax.Array:
+    """(TILE,) to (TILE, d)."""
+    wide = lax.broadcast_in_dim(per_subvector, (TILE, length), (0,))
+    return wide if interpret else plgpu.layout_cast(wide, layout(length))
+
+
+def make_gather(length: int, interpret: bool) -> Any:
+    """`gather(codebook (K * d,) float32 in shared memory, codes (TILE,) int32) -> (TILE, d)`, one load for each lane."""
+    if interpret:
+        return lambda codebook, codes: jnp.take(codebook[...].reshape(-1, length), codes, axis=0, mode="clip")
+    rows = layout(length)
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(), rows.reduce(1)),
+        return_type=plgpu.ShapeDtypeStruct((TILE, length), jnp.float32, layout=rows),
+    )
+    def gather(_: Any, codebook: Any, codes: Any) -> Any:
+        base, codeword = mgpu.utils.memref_ptr(codebook), ir.VectorType.get((length,), ir.F32Type.get())
+        tiled = rows.to_mgpu()
+        out = np.empty(tiled.registers_shape((TILE, length)), dtype=object)
+        for i, code in enumerate(codes.registers.flat):
+            address = byte_address(base, arith.shli(element(code, 0), constant(int(math.log2(4 * length)))))
+            out.flat[i] = llvm.load(codeword, address, alignment=min(4 * length, 16))
+        return mgpu.FragmentedArray(_registers=out, _layout=tiled, _is_signed=None)
+
+    return gather
+
+
+def constant(value: int) -> Any:
+    i32 = ir.IntegerType.get_signless(32)
+    return arith.constant(i32, ir.IntegerAttr.get(i32, value))
+
+
+def element(register: Any, i: int) -> Any:
+    return vector.extract(register, dynamic_position=[], static_position=[i])
+
+
+def byte_address(base: Any, offset: Any) -> Any:
+    return mgpu.utils.getelementptr(base, [offset], ir.IntegerType.get_signless(8))

@@ -1,0 +1,55 @@
+"""LayerNorm, adaLN modulation and per-token quantization in one pass, in plain jnp: the definition, and the CPU path."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Num
+
+SMALLEST_TOKEN_SCALE = 1e-8
+"""Keeps the scale of a token of zeros away from 0."""
+
+
+def largest_quantized(dtype: Any) -> float:
+    """The value that the largest entry of a token is quantized to. ValueError for a dtype that is not an 8-bit one of ours."""
+    limits = {jnp.dtype(jnp.int8): 127.0, jnp.dtype(jnp.float8_e4m3fn): 448.0}
+    if jnp.dtype(dtype) not in limits:
+        raise ValueError(f"dtype={jnp.dtype(dtype).name}: wanted int8, float8_e4m3fn or, for no quantization, bfloat16")
+    return limits[jnp.dtype(dtype)]
+
+
+def ln_modulate_quantize(
+    x: Float[Array, "M D"],
+    modulation: Float[Array, "B C"],
+    columns: Int[Array, " 2"],
+    *,
+    tokens: int,
+    dtype: Any,
+    eps: float = 1e-6,
+) -> tuple[Num[Array, "M D"], Float[Array, " M"]] | Float[Array, "M D"]:
+    """LayerNorm without weights, times (1 + scale), plus shift, and each token quantized symmetrically to 8 bits.
+
+        v = (x - mean x) / sqrt(mean (x - mean x)^2 + eps) * (1 + scale) + shift
+        s = max(max |v| / limit, 1e-8)    q = round_half_even(v / s)
+
+    with limit 127 for int8 and 448, the largest number, for float8_e4m3fn. All of it is computed in float32.
+
+    x (M, D) holds `tokens` consecutive rows of each image. `modulation` holds the shifts and scales of all layers of
+    a network, an image a row (more rows than images may be there); `columns` (shift, scale) int32 says where those of
+    this layer begin, so that it may differ in every step of a `lax.scan`.
+    Returns q (M, D) in `dtype` and s (M,) float32. With dtype bfloat16 only v (M, D), rounded to it.
+    """
+    rows, width = x.shape
+    images = rows // tokens
+    per_image = lambda column: jax.lax.dynamic_slice(
+        modulation, (jnp.zeros((), columns.dtype), column), (images, width)
+    ).astype(jnp.float32)[:, None, :]
+    wide = x.astype(jnp.float32).reshape(images, tokens, width)
+    centred = wide - wide.mean(-1, keepdims=True)
+    normed = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + eps)
+    v = (normed * (1.0 + per_image(columns[1])) + per_image(columns[0])).reshape(rows, width)
+    if jnp.dtype(dtype) == jnp.bfloat16:
+        return v.astype(jnp.bfloat16)
+    token_scale = jnp.maximum(jnp.abs(v).max(-1) / largest_quantized(dtype), SMALLEST_TOKEN_SCALE)
+    q = v * (1.0 / token_scale)[:, None]
+    return (jnp.round(q) if jnp.issubdtype(dtype, jnp.integer) else q).astype(dtype), token_scale
