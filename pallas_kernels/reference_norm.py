@@ -21,10 +21,12 @@ def largest_quantized(dtype: Any) -> float:
 def ln_modulate_quantize(
     x: Float[Array, "M D"],
     modulation: Float[Array, "B C"],
-    columns: Int[Array, " 2"],
+    layer: Int[Array, " 1"],
     *,
     tokens: int,
     dtype: Any,
+    stride: int,
+    offsets: tuple[int, int],
     eps: float = 1e-6,
 ) -> tuple[Num[Array, "M D"], Float[Array, " M"]] | Float[Array, "M D"]:
     """LayerNorm without weights, times (1 + scale), plus shift, and each token quantized symmetrically to 8 bits.
@@ -35,19 +37,19 @@ def ln_modulate_quantize(
     with limit 127 for int8 and 448, the largest number, for float8_e4m3fn. All of it is computed in float32.
 
     x (M, D) holds `tokens` consecutive rows of each image. `modulation` holds the shifts and scales of all layers of
-    a network, an image a row (more rows than images may be there); `columns` (shift, scale) int32 says where those of
-    this layer begin, so that it may differ in every step of a `lax.scan`.
+    a network, an image a row (more rows than images may be there); those of layer l begin in columns
+    l * stride + offsets (shift, scale). `layer` is an operand, so that it may differ in every step of a `lax.scan`.
     Returns q (M, D) in `dtype` and s (M,) float32. With dtype bfloat16 only v (M, D), rounded to it.
     """
     rows, width = x.shape
     images = rows // tokens
     per_image = lambda column: jax.lax.dynamic_slice(
-        modulation, (jnp.zeros((), columns.dtype), column), (images, width)
+        modulation, (jnp.zeros((), layer.dtype), layer[0] * stride + column), (images, width)
     ).astype(jnp.float32)[:, None, :]
     wide = x.astype(jnp.float32).reshape(images, tokens, width)
     centred = wide - wide.mean(-1, keepdims=True)
     normed = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + eps)
-    v = (normed * (1.0 + per_image(columns[1])) + per_image(columns[0])).reshape(rows, width)
+    v = (normed * (1.0 + per_image(offsets[1])) + per_image(offsets[0])).reshape(rows, width)
     if jnp.dtype(dtype) == jnp.bfloat16:
         return v.astype(jnp.bfloat16)
     token_scale = jnp.maximum(jnp.abs(v).max(-1) / largest_quantized(dtype), SMALLEST_TOKEN_SCALE)

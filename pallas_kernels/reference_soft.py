@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-_TILE = 4096
-"""Sub-vectors of one product with a one-hot matrix, which then takes K * 16 KB."""
+_TILE = 16384
+"""Sub-vectors of one product with a one-hot matrix, which then takes K * 64 KB: 16 MB for K = 256."""
 
 
 def codebook_grad(

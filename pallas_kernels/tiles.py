@@ -50,6 +50,7 @@ def choose(
     result_bytes: int = 2,
     token_divisor: int = 0,
     may_split: bool = True,
+    decodes: bool = True,
     multiprocessors: int = 132,
 ) -> Tile | None:
     """The cut of the shortest modelled time, or None where no cut fits.
@@ -58,11 +59,11 @@ def choose(
       tokens, rows, columns: M, O, I.
       itemsize: bytes of an operand.
       group_rows: O/G; a block may not read two codebooks.
-      stream_bytes, table_bytes: of a packed tile and step, and of a codebook in shared memory; table_bytes = 0 is W from
-        shared memory, with nothing to decode.
+      stream_bytes, table_bytes: of a packed tile and step, and of a codebook in shared memory.
       result_bytes: of an element of Y.
       token_divisor: where not 0, a block's tokens must divide it (an image's tokens, which share a gate).
       may_split: whether partial sums are allowed.
+      decodes: whether W is made in registers, and does not lie in shared memory ready for the matrix unit.
     """
     steps = math.ceil(columns * itemsize / 128)
     best, best_clocks = None, math.inf
@@ -76,7 +77,9 @@ def choose(
                 if steps % splits or splits > 1 and steps // splits < 4:
                     continue
                 tile = Tile(block_tokens, warpgroups, row_tiles, 1, splits)
-                if group_rows % tile.rows:
+                if group_rows % tile.rows or splits > 1 and block_tokens < 32:
+                    continue
+                if not decodes and tile.rows > 256:  # more than the copy engine takes at once
                     continue
                 size = 4 if splits > 1 else result_bytes
                 fits = lambda n, tile=tile, size=size: (
@@ -86,7 +89,7 @@ def choose(
                 if not stages:
                     continue
                 product = 64 * block_tokens * (128 // itemsize) / _MACS[itemsize]
-                decode = _DECODE_CLOCKS if table_bytes else 0
+                decode = _DECODE_CLOCKS if decodes else 0
                 step = row_tiles * max(warpgroups * product, product + decode, decode * warpgroups)
                 blocks = math.ceil(tokens / block_tokens) * (rows // tile.rows) * splits
                 waves = math.ceil(blocks / multiprocessors)

@@ -39,6 +39,7 @@ from pallas_kernels.mosaic.subvectors import STREAMING_MULTIPROCESSORS, TILE, by
 
 _WARPS = 4
 _LANES = 32
+_SHARED_BYTES = 200 * 1024  # of a multiprocessor, for sums; what else a program needs is in the rest of the 227 KB
 _TILES_OF_A_PROGRAM = 64
 """Enough work (32,768 sub-vectors) that clearing and writing the sums is a few per cent of it."""
 
@@ -88,7 +89,7 @@ def _launch(
     layers, groups, count, length = gradient.shape
     n, codewords, interpreted = candidates.shape[1], codebook.shape[2], interpret is not None
     tiles = count // TILE
-    steps = _tiles_of_a_program(tiles, layers * groups)
+    steps = _tiles_of_a_program(tiles, layers * groups, codewords)
     parts = pl.cdiv(tiles, steps)
     of_vectors = subvectors.layout(length)
     of_numbers = of_vectors.reduce(1)
@@ -144,10 +145,11 @@ def _launch(
     )(gradient, candidates, ratios, codebook.reshape(layers, groups, -1))
 
 
-def _tiles_of_a_program(tiles: int, matrices: int) -> int:
+def _tiles_of_a_program(tiles: int, matrices: int, codewords: int) -> int:
     """Whole waves of programs over the device, of about _TILES_OF_A_PROGRAM tiles each where there are so many."""
-    waves = max(1, round(tiles * matrices / (STREAMING_MULTIPROCESSORS * _TILES_OF_A_PROGRAM)))
-    return max(1, min(tiles, math.ceil(tiles * matrices / (STREAMING_MULTIPROCESSORS * waves))))
+    together = STREAMING_MULTIPROCESSORS * max(1, _SHARED_BYTES // (4 * _WARPS * _LANES * codewords))
+    waves = max(1, round(tiles * matrices / (together * _TILES_OF_A_PROGRAM)))
+    return max(1, min(tiles, math.ceil(tiles * matrices / (together * waves))))
 
 
 def _make_accumulate(length: int, n: int, codewords: int, interpret: bool) -> Any:

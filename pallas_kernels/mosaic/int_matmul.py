@@ -12,42 +12,34 @@ from jax import lax
 from jax.experimental.mosaic import gpu as mgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, vector
-from jaxtyping import Array, Float32, Int32, Shaped
 
 from pallas_kernels import nibbles
 from pallas_kernels.fragments import LINE, ROWS
 from pallas_kernels.mosaic import compat, store
 from pallas_kernels.mosaic.decode import constant, fragment
 from pallas_kernels.tiles import Tile
+from pallas_kernels.weights import ByteWeights, NibbleWeights
 
 _CONTRACT = (((1,), (1,)), ((), ()))
 
 
 @dataclasses.dataclass(frozen=True)
-class ByteWeights:
-    """int8 or float8_e4m3fn W (L, O, I), both operands from shared memory; scales are the epilogue's."""
+class ByteSource:
+    """`ByteWeights`: both operands from shared memory; scales are the epilogue's."""
 
-    values: Shaped[Array, "L O I"]
+    weights: ByteWeights
     promotes = False
 
-    @property
-    def rows(self) -> int:
-        return self.values.shape[1]
-
-    @property
-    def columns(self) -> int:
-        return self.values.shape[2]
-
     def operands(self) -> Sequence[jax.Array]:
-        return (self.values.reshape(-1, self.columns),)
+        return (self.weights.values.reshape(-1, self.weights.columns),)
 
     def streams(self, tile: Tile) -> Sequence[plgpu.BlockSpec]:
-        swizzle = store.transforms(self.values.dtype)
+        swizzle = store.transforms(self.weights.values.dtype)
         return (plgpu.BlockSpec((tile.rows, 128), lambda k: (0, k), transforms=swizzle, memory_space=plgpu.SMEM),)
 
     def at_rows(self, refs: Sequence[Any], layer: Any, block: Any, first_step: Any, tile: Tile) -> Sequence[Any]:
-        columns = pl.ds(first_step * 128, self.columns // tile.splits)
-        return (refs[0].at[pl.ds(layer * self.rows + block * tile.rows, tile.rows), columns],)
+        columns = pl.ds(first_step * 128, self.weights.columns // tile.splits)
+        return (refs[0].at[pl.ds(layer * self.weights.rows + block * tile.rows, tile.rows), columns],)
 
     def table(self) -> None:
         return None
@@ -61,28 +53,17 @@ class ByteWeights:
 
 
 @dataclasses.dataclass(frozen=True)
-class NibbleWeights:
-    """4-bit W in fragment order, decoded into registers, with a scale for each row and 128 columns.
-
-    Invariants: `values` (L, O/64, I/128 * 32, 32) int32 of `nibbles.pack`; `scales` (L, I/128, O) float32, of the integers
-    as they were packed. Sums of 128 columns are exact integers and join the float32 sum with their group's scale.
+class NibbleSource:
+    """`NibbleWeights`, decoded into registers. Sums of 128 columns are exact integers, and join the float32 sum with
+    their group's scale.
     """
 
-    values: Int32[Array, "L tiles lines 32"]
-    scales: Float32[Array, "L steps O"]
+    weights: NibbleWeights
     promotes = True
-
-    @property
-    def rows(self) -> int:
-        return self.scales.shape[2]
-
-    @property
-    def columns(self) -> int:
-        return self.scales.shape[1] * nibbles.COLUMNS
 
     def operands(self) -> Sequence[jax.Array]:
         flat = lambda a: a.reshape(-1, *a.shape[2:])
-        return flat(self.values), flat(self.scales)
+        return flat(self.weights.values), flat(self.weights.scales)
 
     def streams(self, tile: Tile) -> Sequence[plgpu.BlockSpec]:
         tiles = tile.warpgroups * tile.row_tiles
@@ -92,10 +73,10 @@ class NibbleWeights:
         )
 
     def at_rows(self, refs: Sequence[Any], layer: Any, block: Any, first_step: Any, tile: Tile) -> Sequence[Any]:
-        tiles, steps = tile.warpgroups * tile.row_tiles, self.scales.shape[1]
+        tiles, steps = tile.warpgroups * tile.row_tiles, self.weights.scales.shape[1]
         here = steps // tile.splits
         lines = pl.ds(first_step * nibbles.LINES, here * nibbles.LINES)
-        values = refs[0].at[pl.ds(layer * self.values.shape[1] + block * tiles, tiles), lines]
+        values = refs[0].at[pl.ds(layer * self.weights.values.shape[1] + block * tiles, tiles), lines]
         return values, refs[1].at[pl.ds(layer * steps + first_step, here), pl.ds(block * tile.rows, tile.rows)]
 
     def table(self) -> None:

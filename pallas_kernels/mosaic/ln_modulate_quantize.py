@@ -32,17 +32,19 @@ def _row_per_warp(width: int) -> Any:
 def ln_modulate_quantize(
     x: Float[Array, "M D"],
     modulation: Float[Array, "B C"],
-    columns: Int[Array, " 2"],
+    layer: Int[Array, " 1"],
     *,
     tokens: int,
     dtype: Any,
+    stride: int,
+    offsets: tuple[int, int],
     eps: float = 1e-6,
     interpret: Any = None,
 ) -> tuple[Num[Array, "M D"], Float[Array, " M"]] | Float[Array, "M D"]:
     """What `pallas_kernels.reference_norm.ln_modulate_quantize` defines, in one launch.
 
-    D is a multiple of 64 (up to 3072 no register spills), `tokens` at least 4, and the two columns, known only when the
-    kernel runs, are multiples of 8 (vector loads). `interpret`: parameters of Pallas' GPU interpreter.
+    D is a multiple of 64 (up to 3072 no register spills), `tokens` at least 4, stride and offsets multiples of 8 (vector
+    loads). `interpret`: parameters of Pallas' GPU interpreter.
     """
     rows, width = x.shape
     if width % 64 or tokens < _ROWS or rows % tokens:
@@ -60,12 +62,14 @@ def ln_modulate_quantize(
         spread = lax.broadcast_in_dim(a, (_ROWS, width), (dimension,))
         return spread if interpreted else plgpu.layout_cast(spread, layout)
 
-    def kernel(x_ref, modulation_ref, columns_ref, out_ref, *scale_refs):
+    def kernel(x_ref, modulation_ref, layer_ref, out_ref, *scale_refs):
         image, group = lax.axis_index("image"), lax.axis_index("group")
         here = pl.ds(image * tokens + jnp.minimum(group * _ROWS, tokens - _ROWS), _ROWS)
         # All loads stand before the first reduction, so that they are in flight together.
         wide = load(x_ref.at[here], layout)
-        shift, scale = (load(modulation_ref.at[image, pl.ds(columns_ref[i], width)], layout.reduce(0)) for i in (0, 1))
+        first = layer_ref[0] * stride
+        own = [modulation_ref.at[image, pl.ds(first + offset, width)] for offset in offsets]
+        shift, scale = (load(ref, layout.reduce(0)) for ref in own)
 
         centred = wide - spread(jnp.sum(wide, axis=1) * (1 / width), 0)
         inverse = spread(lax.rsqrt(jnp.sum(centred * centred, axis=1) * (1 / width) + eps), 0)
@@ -88,4 +92,4 @@ def ln_modulate_quantize(
         grid_names=("image", "group"),
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=interpret,
-    )(x, modulation, columns)
+    )(x, modulation, layer)

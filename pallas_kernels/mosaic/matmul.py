@@ -21,7 +21,10 @@ from pallas_kernels import epilogue as epilogue_lib
 from pallas_kernels.epilogue import Epilogue
 from pallas_kernels.fragments import ROWS
 from pallas_kernels.mosaic import compat, store
+from pallas_kernels.mosaic.int_matmul import ByteSource, NibbleSource
+from pallas_kernels.mosaic.vq_matmul import VQSource
 from pallas_kernels.tiles import Tile
+from pallas_kernels.weights import ByteWeights, NibbleWeights, VQWeights, Weights
 
 _BY_ROW = plgpu.Layout.WGMMA.reduce(1)
 _BY_TOKEN = plgpu.Layout.WGMMA.reduce(0)
@@ -29,11 +32,10 @@ _MEMORY_REGISTERS = 40
 """Left to the warpgroup that only asks for copies; the others share what it gives up."""
 
 
-class Weights(Protocol):
-    """Where W (O, I) of each layer of a stack comes from: assignments and codebooks, or integers."""
+class Source(Protocol):
+    """How a block reads the packed W of one layer of a stack."""
 
-    rows: int
-    columns: int
+    weights: Weights
     promotes: bool
     """Whether `multiply` takes and gives float32 sums as arrays, and not the matrix unit's own accumulators."""
 
@@ -54,6 +56,10 @@ class Weights(Protocol):
 
     def multiply(self, acc: Any, x: Any, streamed: Sequence[Any], row_tile: Any, table: Any, interpret: bool) -> Any:
         """acc (64, tokens) += W tile @ x^T; returns the accumulator. Nothing waits for the matrix unit yet."""
+
+
+def _source(weights: Weights) -> Source:
+    return {VQWeights: VQSource, ByteWeights: ByteSource, NibbleWeights: NibbleSource}[type(weights)](weights)
 
 
 def product(
@@ -79,14 +85,14 @@ def product(
         if epilogue.residual is not None:
             epilogue = dataclasses.replace(epilogue, residual=jnp.pad(epilogue.residual, padding))
     if tile.splits > 1:
-        acc = _launch(x, weights, Epilogue(dtype=jnp.float32), layer, tile, interpret)
+        acc = _launch(x, _source(weights), Epilogue(dtype=jnp.float32), layer, tile, interpret)
         return epilogue_lib.apply(acc.sum(0)[:, :tokens].T, epilogue, layer[0])
-    return _launch(x, weights, epilogue, layer, tile, interpret)[:tokens]
+    return _launch(x, _source(weights), epilogue, layer, tile, interpret)[:tokens]
 
 
-def _launch(x: Any, weights: Weights, e: Epilogue, layer: Any, tile: Tile, interpret: bool) -> jax.Array:
+def _launch(x: Any, source: Source, e: Epilogue, layer: Any, tile: Tile, interpret: bool) -> jax.Array:
     tokens, columns = x.shape
-    rows, step = weights.rows, 128 // x.dtype.itemsize
+    rows, step = source.weights.rows, 128 // x.dtype.itemsize
     steps = columns // (step * tile.splits)
     blocks = -(-tokens // tile.tokens)
     parts = tile.splits > 1
@@ -94,8 +100,8 @@ def _launch(x: Any, weights: Weights, e: Epilogue, layer: Any, tile: Tile, inter
         raise ValueError(f"{tile}: a block's tokens must lie in one image of {e.tokens}")
     acc_type = jnp.int32 if x.dtype == jnp.int8 else jnp.float32
 
-    operands = {f"weights{i}": a for i, a in enumerate(weights.operands())}
-    streams = list(operands)[: len(weights.streams(tile))]
+    operands = {f"weights{i}": a for i, a in enumerate(source.operands())}
+    streams = list(operands)[: len(source.streams(tile))]
     operands |= {"x": x, "layer": layer}
     if e.bias is not None:
         operands["bias"] = e.bias.reshape(-1)
@@ -115,8 +121,8 @@ def _launch(x: Any, weights: Weights, e: Epilogue, layer: Any, tile: Tile, inter
     small = jnp.dtype(e.dtype).itemsize == 1
     swizzle = () if small else store.transforms(e.dtype)
     scratch = {"result": plgpu.SMEM((tiles, *tile_shape), e.dtype, transforms=swizzle)}
-    if weights.table() is not None:
-        scratch |= {"table": weights.table(), "table_ready": plgpu.Barrier(num_arrivals=1)}
+    if source.table() is not None:
+        scratch |= {"table": source.table(), "table_ready": plgpu.Barrier(num_arrivals=1)}
     if e.residual is not None:
         scratch["residual_ready"] = plgpu.Barrier(num_arrivals=tile.row_tiles, num_barriers=tile.warpgroups)
 
@@ -169,13 +175,13 @@ def _launch(x: Any, weights: Weights, e: Epilogue, layer: Any, tile: Tile, inter
                 @pl.when(warpgroup == 0)
                 def _() -> None:
                     names = [ref[name] for name in operands if name.startswith("weights")]
-                    source = weights.table_slice(names, where, block, tile)
-                    plgpu.copy_gmem_to_smem(source, ref["table"], ref["table_ready"])
+                    own_table = source.table_slice(names, where, block, tile)
+                    plgpu.copy_gmem_to_smem(own_table, ref["table"], ref["table_ready"])
 
             if e.residual is not None:
                 for u in range(tile.row_tiles):
-                    source = ref["residual"].at[pl.ds(first_token, tile.tokens), pl.ds(own[u], ROWS)]
-                    plgpu.copy_gmem_to_smem(source, result[u], ref["residual_ready"].at[warpgroup])
+                    before_sum = ref["residual"].at[pl.ds(first_token, tile.tokens), pl.ds(own[u], ROWS)]
+                    plgpu.copy_gmem_to_smem(before_sum, result[u], ref["residual_ready"].at[warpgroup])
             # Asked for before the main loop, so that nobody waits for them after it.
             before = {
                 name: [vector(name, u) for u in range(tile.row_tiles)] for name in ("row_scale", "bias") if name in ref
@@ -196,8 +202,8 @@ def _launch(x: Any, weights: Weights, e: Epilogue, layer: Any, tile: Tile, inter
                 plgpu.wait_smem_to_gmem(0)
 
             shape = (ROWS, tile.tokens)
-            if interpret or weights.promotes:
-                zeros = jnp.zeros(shape, jnp.float32 if weights.promotes else acc_type)
+            if interpret or source.promotes:
+                zeros = jnp.zeros(shape, jnp.float32 if source.promotes else acc_type)
                 zeros = zeros if interpret else plgpu.layout_cast(zeros, plgpu.Layout.WGMMA)
                 end(run_pipeline((zeros,) * tile.row_tiles))
                 return
@@ -210,10 +216,10 @@ def _launch(x: Any, weights: Weights, e: Epilogue, layer: Any, tile: Tile, inter
         def body(_: Any, x_tile: Any, *streamed_and_accs: Any) -> Any:
             *streamed, accs = streamed_and_accs
             accs = tuple(
-                weights.multiply(acc, x_tile, streamed, warpgroup * tile.row_tiles + u, ref.get("table"), interpret)
+                source.multiply(acc, x_tile, streamed, warpgroup * tile.row_tiles + u, ref.get("table"), interpret)
                 for u, acc in enumerate(accs)
             )
-            if not interpret and not weights.promotes:
+            if not interpret and not source.promotes:
                 # Zero, not one behind: the operands lie in registers, which the next step writes.
                 plgpu.wgmma_wait(0)
             return accs
@@ -226,7 +232,7 @@ def _launch(x: Any, weights: Weights, e: Epilogue, layer: Any, tile: Tile, inter
                 plgpu.BlockSpec(
                     (tile.tokens, step), lambda k: (0, k), transforms=store.transforms(x.dtype), memory_space=plgpu.SMEM
                 ),
-                *weights.streams(tile),
+                *source.streams(tile),
             ],
             wg_axis="warpgroup",
             num_compute_wgs=tile.warpgroups,
@@ -234,7 +240,7 @@ def _launch(x: Any, weights: Weights, e: Epilogue, layer: Any, tile: Tile, inter
             compute_context=compute,
         )
         x_rows = ref["x"].at[pl.ds(first_token, tile.tokens), pl.ds(part * steps * step, steps * step)]
-        pipeline(x_rows, *weights.at_rows([ref[name] for name in streams], where, block, part * steps, tile))
+        pipeline(x_rows, *source.at_rows([ref[name] for name in streams], where, block, part * steps, tile))
 
     out_shape = (tile.splits, rows, blocks * tile.tokens) if parts else (tokens, rows)
     return plgpu.kernel(

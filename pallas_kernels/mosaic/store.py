@@ -31,7 +31,7 @@ _PACK = {
 
 
 def transforms(dtype: jax.typing.DTypeLike) -> tuple[Any, ...]:
-    """Of a tile whose rows are 128 bytes or more: the copy engine's 128-byte swizzle, in which neither side has bank conflicts."""
+    """Of a tile whose rows are 128 bytes or more: the 128-byte swizzle, in which neither side has bank conflicts."""
     return plgpu.TilingTransform((8, 128 // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(128)
 
 

@@ -16,7 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Num
 
+from pallas_kernels import ops
+from vq4dit_jax.models import prepared
 from vq4dit_jax.models.linear import Linear, leaf
+from vq4dit_jax.models.prepared import PreparedBlocks
 from vq4dit_jax.models.stack import split_runs
 
 _SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
@@ -102,15 +105,13 @@ class LabelEmbedder(nn.Module):
 
 
 class Modulation(nn.Module):
-    """adaLN: SiLU and a Linear from the conditioning to `chunks` vectors of D."""
+    """adaLN: SiLU and a Linear from the conditioning to all shifts, scales and gates."""
 
     features: int
-    chunks: int
 
     @nn.compact
-    def __call__(self, c: Float[Array, "B D"]) -> list[Float[Array, "B D"]]:
-        out = Linear(self.chunks * self.features, nn.initializers.zeros, name="1")(nn.silu(c))
-        return jnp.split(out, self.chunks, axis=-1)
+    def __call__(self, c: Float[Array, "B D"]) -> Float[Array, "B C"]:
+        return Linear(self.features, nn.initializers.zeros, name="1")(nn.silu(c))
 
 
 class Attention(nn.Module):
@@ -120,7 +121,7 @@ class Attention(nn.Module):
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         batch, tokens, width = x.shape
         qkv = Linear(3 * width, name="qkv")(x).reshape(batch, tokens, 3, self.num_heads, width // self.num_heads)
-        out = jax.nn.dot_product_attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
+        out = ops.attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
         return Linear(width, name="proj")(out.reshape(batch, tokens, width))
 
 
@@ -133,16 +134,22 @@ class Mlp(nn.Module):
 
 
 class DiTBlock(nn.Module):
-    """adaLN-Zero block: x + gate * f(modulate(norm(x))) for attention, then for the MLP."""
+    """adaLN-Zero block: x + gate * f(modulate(norm(x))) for attention, then for the MLP.
+
+    `modulation` (B, 6D), where given, is used instead of computing it from c.
+    """
 
     num_heads: int
     mlp_ratio: float
     norm2_eps: float
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T D"], c: Float[Array, "B D"]) -> Float[Array, "B T D"]:
+    def __call__(
+        self, x: Float[Array, "B T D"], c: Float[Array, "B D"], modulation: Float[Array, "B C"] | None = None
+    ) -> Float[Array, "B T D"]:
         width = x.shape[-1]
-        shift1, scale1, gate1, shift2, scale2, gate2 = Modulation(width, 6, name="adaLN_modulation")(c)
+        chunks = Modulation(6 * width, name="adaLN_modulation")(c) if modulation is None else modulation
+        shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(chunks, 6, axis=-1)
         h = Attention(self.num_heads, name="attn")(modulate(layer_norm(x, _NORM_EPS), shift1, scale1))
         x = x + gate1[:, None, :] * h
         h = Mlp(int(self.mlp_ratio * width), name="mlp")(modulate(layer_norm(x, self.norm2_eps), shift2, scale2))
@@ -154,7 +161,7 @@ class FinalLayer(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"], c: Float[Array, "B D"]) -> Float[Array, "B T F"]:
-        shift, scale = Modulation(x.shape[-1], 2, name="adaLN_modulation")(c)
+        shift, scale = jnp.split(Modulation(2 * x.shape[-1], name="adaLN_modulation")(c), 2, axis=-1)
         return Linear(self.features, nn.initializers.zeros, name="linear")(
             modulate(layer_norm(x, _NORM_EPS), shift, scale)
         )
@@ -190,37 +197,96 @@ class DiT(nn.Module):
     def grid(self) -> int:
         return self.input_size // self.patch_size
 
-    @nn.compact
+    def setup(self) -> None:
+        self.x_embedder = PatchEmbed(self.patch_size, self.hidden_size)
+        self.pos_embed = self.param("pos_embed", lambda _: jnp.asarray(sincos_positions(self.grid, self.hidden_size)))
+        self.t_embedder = TimestepEmbedder(self.hidden_size, self.freq_shift)
+        self.y_embedder = LabelEmbedder(self.num_classes, self.hidden_size)
+        self._block = DiTBlock(self.num_heads, self.mlp_ratio, self.norm2_eps, parent=None)
+        # In a function, because Flax takes apart the dicts and tuples that a module's attributes are.
+        blocks = leaf(self, "blocks", self._init_blocks)
+        self._blocks = lambda: blocks
+        self.final_layer = FinalLayer(self.patch_size**2 * self.out_channels)
+
     def __call__(
-        self, x: Float[Array, "B H W C"], t: Num[Array, " B"], y: Int[Array, " B"], return_blocks: bool = False
+        self,
+        x: Float[Array, "B H W C"],
+        t: Num[Array, " B"],
+        y: Int[Array, " B"],
+        return_blocks: bool = False,
+        modulations: Any = None,
     ) -> Any:
-        """Noise prediction; with `return_blocks` also the outputs of the blocks (L, B, T, D), for L_d (eq 8)."""
-        x = x.astype(self.dtype)
-        tokens = PatchEmbed(self.patch_size, self.hidden_size, name="x_embedder")(x)
-        positions = self.param("pos_embed", lambda _: jnp.asarray(sincos_positions(self.grid, self.hidden_size)))
-        tokens = tokens + positions.astype(self.dtype)[None]
-        c = TimestepEmbedder(self.hidden_size, self.freq_shift, name="t_embedder")(t, self.dtype)
-        c = c + LabelEmbedder(self.num_classes, self.hidden_size, name="y_embedder")(y, self.dtype)
+        """Noise prediction; with `return_blocks` also the outputs of the blocks (L, B, T, D), for L_d (eq 8).
 
-        block = DiTBlock(self.num_heads, self.mlp_ratio, self.norm2_eps, parent=None)
-        apply = lambda p, tokens: block.apply({"params": p}, tokens, c)
-        apply = jax.checkpoint(apply) if self.remat else apply
-        outputs = []
-        for run in split_runs(leaf(self, "blocks", self._init_blocks, block)):
-            tokens, out = jax.lax.scan(
-                lambda tokens, p: (out := apply(p, tokens), out if return_blocks else None),
-                tokens,
-                run,
-            )
+        `modulations`: what the method of that name gave for the same (t, y); computed where left out.
+        """
+        c = self.conditioning(t, y)
+        tokens, outputs = self._tokens(x), []
+        for i, run in enumerate(self._runs()):
+            given = None if modulations is None else modulations[i]
+            tokens, out, _ = self._run(run, tokens, c, given, return_blocks)
             outputs.append(out)
-
-        features = self.patch_size**2 * self.out_channels
-        patches = FinalLayer(features, name="final_layer")(tokens, c)
-        image = self._unpatchify(patches)
+        image = self._unpatchify(self.final_layer(tokens, c))
         return (image, jnp.concatenate(outputs)) if return_blocks else image
 
+    def conditioning(self, t: Num[Array, " B"], y: Int[Array, " B"]) -> Float[Array, "B D"]:
+        """c, the sum of the embeddings of time step and class: all that adaLN reads."""
+        return self.t_embedder(t, self.dtype) + self.y_embedder(y, self.dtype)
+
+    def modulations(self, t: Num[Array, " B"], y: Int[Array, " B"]) -> tuple[jax.Array, ...]:
+        """Shifts, scales and gates of every run of equal blocks: (L, B, 6D), or (B, L * 6D) of prepared blocks.
+
+        They depend on (t, y) alone, so a sampler can compute them once for all its steps.
+        """
+        c = self.conditioning(t, y)
+        return tuple(self._modulation(run, c) for run in self._runs())
+
+    def hidden_ranges(self, x: Float[Array, "B H W C"], t: Num[Array, " B"], y: Int[Array, " B"]) -> Float[Array, " L"]:
+        """The largest magnitude of each prepared block's fc1 result, for `prepare_for_inference(ranges=)`."""
+        c, tokens, ranges = self.conditioning(t, y), self._tokens(x), []
+        for run in self._runs():
+            tokens, _, found = self._run(run, tokens, c, None, True)
+            ranges.append(found)
+        return jnp.concatenate(ranges)
+
+    def _runs(self) -> list[Any]:
+        """Runs of equal blocks, in order: prepared ones, or stacked parameters."""
+        blocks = self._blocks()
+        if isinstance(blocks, dict):
+            return split_runs(blocks)
+        return list(blocks) if isinstance(blocks, tuple) else [blocks]
+
+    def _tokens(self, x: Float[Array, "B H W C"]) -> Float[Array, "B T D"]:
+        return self.x_embedder(x.astype(self.dtype)) + self.pos_embed.astype(self.dtype)[None]
+
+    def _modulation(self, run: Any, c: Float[Array, "B D"]) -> jax.Array:
+        if isinstance(run, PreparedBlocks):
+            return prepared.modulation(run, nn.silu(c))
+        one = Modulation(6 * self.hidden_size, parent=None)
+        apply = lambda _, p: (None, one.apply({"params": p}, c))
+        return jax.lax.scan(apply, None, run["adaLN_modulation"])[1]
+
+    def _run(self, run: Any, tokens: jax.Array, c: jax.Array, modulation: Any, look: bool) -> tuple[Any, Any, Any]:
+        """A run of equal blocks: tokens, and where `look` is set outputs of all blocks and ranges of prepared ones."""
+        if isinstance(run, PreparedBlocks):
+            given = self._modulation(run, c) if modulation is None else modulation
+            how = dict(num_heads=self.num_heads, eps=(_NORM_EPS, self.norm2_eps))
+            if look:
+                out = prepared.run_and_look(run, tokens, given, **how)
+                return out[0].astype(self.dtype), out[1].astype(self.dtype), out[2]
+            return prepared.run(run, tokens, given, **how).astype(self.dtype), None, None
+        apply = lambda p, tokens, m: self._block.apply({"params": p}, tokens, c, m)
+        apply = jax.checkpoint(apply) if self.remat else apply
+        step = lambda tokens, p: (out := apply(p[0], tokens, p[1]), out if look else None)
+        return *jax.lax.scan(step, tokens, (run, modulation)), None
+
     def forward_with_cfg(
-        self, x: Float[Array, "B H W C"], t: Num[Array, " B"], y: Int[Array, " B"], cfg_scale: Any
+        self,
+        x: Float[Array, "B H W C"],
+        t: Num[Array, " B"],
+        y: Int[Array, " B"],
+        cfg_scale: Any,
+        modulations: Any = None,
     ) -> Float[Array, "B H W F"]:
         """Classifier-free guidance as in the reference: x = [z, z], y = [labels, null]; only the first half of x is read.
 
@@ -228,11 +294,12 @@ class DiT(nn.Module):
         latents only the first three channels are guided: the published figures were made that way.
         """
         half = x[: x.shape[0] // 2]
-        return guide(self(jnp.concatenate([half, half]), t, y), cfg_scale, self.in_channels)
+        out = self(jnp.concatenate([half, half]), t, y, modulations=modulations)
+        return guide(out, cfg_scale, self.in_channels)
 
-    def _init_blocks(self, key: jax.Array, block: DiTBlock) -> Any:
+    def _init_blocks(self, key: jax.Array) -> Any:
         tokens, c = jnp.zeros((1, self.grid**2, self.hidden_size)), jnp.zeros((1, self.hidden_size))
-        return jax.vmap(lambda k: block.init(k, tokens, c)["params"])(jax.random.split(key, self.depth))
+        return jax.vmap(lambda k: self._block.init(k, tokens, c)["params"])(jax.random.split(key, self.depth))
 
     def _unpatchify(self, patches: Float[Array, "B T F"]) -> Float[Array, "B H W C"]:
         grid, p = self.grid, self.patch_size

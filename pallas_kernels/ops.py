@@ -1,0 +1,116 @@
+"""What a prepared network is made of, each run by the implementation that the selector names."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int32, Num, Shaped
+
+from pallas_kernels import epilogue as epilogue_lib
+from pallas_kernels import nibbles, reference_norm, selector
+from pallas_kernels.epilogue import Epilogue, saturate
+from pallas_kernels.weights import NibbleWeights, PreparedLinear, VQWeights, unpair_rows
+
+_CONTRACT = (((1,), (1,)), ((), ()))
+
+
+def linear(
+    x: Shaped[Array, "M I"],
+    prepared: PreparedLinear,
+    layer: Int32[Array, " 1"],
+    token_scale: Float32[Array, " M"] | None = None,
+    **finish: Any,
+) -> Shaped[Array, "M O"]:
+    """epilogue(x W^T) of one layer of a prepared stack; `finish` are fields of `Epilogue`.
+
+    `x` is in the weights' dtype. Where the layer has a `result_scale`, the result is quantized with it.
+    """
+    weights = prepared.weights
+    if x.dtype != weights.dtype:
+        raise ValueError(f"x is {x.dtype}; these weights take {jnp.dtype(weights.dtype)}")
+    finish.setdefault("dtype", weights.dtype if prepared.result_scale is not None else jnp.bfloat16)
+    e = Epilogue(
+        bias=prepared.bias,
+        row_scale=prepared.row_scale,
+        token_scale=token_scale,
+        out_scale=prepared.result_scale,
+        **finish,
+    )
+    choice = selector.product(
+        selector.facts(),
+        weights,
+        x.shape[0],
+        result_bytes=jnp.dtype(e.dtype).itemsize,
+        image_tokens=0 if e.modulation is None else e.tokens,
+    )
+    if choice.implementation == "xla":
+        return dense_linear(x, weights, e, layer)
+    from pallas_kernels.mosaic.matmul import product
+
+    return product(x, weights, e, layer, choice.tile)
+
+
+def dense_linear(x: Any, weights: Any, e: Epilogue, layer: Int32[Array, " 1"]) -> Shaped[Array, "M O"]:
+    """The same through XLA: this layer's weights are decoded, and 8-bit operands multiplied as such."""
+    i = layer[0]
+    paired = weights.order.paired_rows if isinstance(weights, VQWeights) else weights.paired_rows
+    if paired:
+        natural = lambda v: None if v is None else unpair_rows(v)
+        e = dataclasses.replace(e, bias=natural(e.bias), row_scale=natural(e.row_scale))
+    if isinstance(weights, NibbleWeights):
+        values, scales = weights.dense(i)
+        by_group = (x.shape[0], -1, nibbles.COLUMNS)
+        # Exact integers of each group, then float32, as in the kernel.
+        parts = jnp.einsum(
+            "mgc,ogc->gmo",
+            x.reshape(by_group),
+            values.reshape(weights.rows, *by_group[1:]),
+            preferred_element_type=jnp.int32,
+        )
+        acc = (parts.astype(jnp.float32) * scales[:, None, :]).sum(0)
+    else:
+        wide = jnp.int32 if x.dtype == jnp.int8 else jnp.float32
+        acc = jax.lax.dot_general(x, weights.dense(i), _CONTRACT, preferred_element_type=wide)
+    return epilogue_lib.apply(acc, e, i)
+
+
+def norm(
+    x: Float[Array, "M D"],
+    modulation: Float[Array, "B C"],
+    layer: Int32[Array, " 1"],
+    *,
+    tokens: int,
+    dtype: Any,
+    stride: int,
+    offsets: tuple[int, int],
+    eps: float,
+) -> tuple[Num[Array, "M D"], Float32[Array, " M"] | None]:
+    """LayerNorm, modulation by (shift, scale) at `offsets`, and for 8-bit dtypes quantization: (values, token scales)."""
+    choice = selector.norm(selector.facts(), x.shape[1], tokens, x.dtype)
+    if choice.implementation == "xla":
+        run = reference_norm.ln_modulate_quantize
+    else:
+        from pallas_kernels.mosaic.ln_modulate_quantize import ln_modulate_quantize as run
+    out = run(x, modulation, layer, tokens=tokens, dtype=dtype, stride=stride, offsets=offsets, eps=eps)
+    return out if isinstance(out, tuple) else (out, None)
+
+
+def quantize_tokens(x: Float[Array, "M D"], dtype: Any) -> tuple[Num[Array, "M D"], Float32[Array, " M"] | None]:
+    """Each token symmetrically to 8 bits, as `norm` does; unchanged where `dtype` is bfloat16."""
+    if jnp.dtype(dtype).itemsize == 2:
+        return x.astype(dtype), None
+    wide = x.astype(jnp.float32)
+    limit = reference_norm.largest_quantized(dtype)
+    scale = jnp.maximum(jnp.abs(wide).max(-1) / limit, reference_norm.SMALLEST_TOKEN_SCALE)
+    return saturate(wide * (1 / scale)[:, None], dtype), scale
+
+
+def attention(
+    q: Float[Array, "B T N H"], k: Float[Array, "B T N H"], v: Float[Array, "B T N H"]
+) -> Float[Array, "B T N H"]:
+    """softmax(q k^T / sqrt(H)) v."""
+    choice = selector.attention(selector.facts(), q.shape[-1], q.dtype)
+    # Its XLA form mixes bfloat16 and float32 where strict promotion wants casts.
+    with jax.numpy_dtype_promotion("standard"):
+        return jax.nn.dot_product_attention(q, k, v, implementation=choice.implementation)

@@ -1,0 +1,158 @@
+"""Which implementation runs a product, a norm or attention here, and why: a table from facts, decided while tracing.
+
+Nothing is tried and nothing is measured at run time: the same facts give the same choice, and `explain` prints it.
+"""
+
+import contextlib
+import contextvars
+import dataclasses
+import functools
+import importlib.util
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import tiles
+from pallas_kernels.tiles import Tile
+from pallas_kernels.weights import Weights
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """The device that a program is traced for. `cudnn`: whether XLA can call cuDNN's attention."""
+
+    platform: str
+    name: str = ""
+    capability: tuple[int, int] | None = None
+    multiprocessors: int = 132
+    cudnn: bool = False
+
+    def __str__(self) -> str:
+        version = f", compute capability {self.capability[0]}.{self.capability[1]}" if self.capability else ""
+        return f"{self.name or self.platform}{version}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """`implementation` is "mosaic" (our kernel), "xla", or "cudnn" (attention); `tile` goes with a product's kernel."""
+
+    implementation: str
+    reason: str
+    tile: Tile | None = None
+
+
+H200 = Facts("gpu", "NVIDIA H200", (9, 0), 132, False)
+"""What `benchmarks.aot` compiles for. Without cuDNN, which is not among the wheels it needs."""
+
+_ASSUMED: contextvars.ContextVar[Facts | None] = contextvars.ContextVar("assumed", default=None)
+
+
+@contextlib.contextmanager
+def assume(facts: Facts) -> Iterator[None]:
+    """Traces for another device than this process's. Programs that were traced before keep their choices."""
+    token = _ASSUMED.set(facts)
+    try:
+        yield
+    finally:
+        _ASSUMED.reset(token)
+
+
+def facts() -> Facts:
+    """Of the default device, or those assumed."""
+    return _ASSUMED.get() or _facts_of_device()
+
+
+@functools.cache
+def _facts_of_device() -> Facts:
+    device = jax.devices()[0]
+    if device.platform != "gpu":
+        return Facts(device.platform)
+    capability = str(getattr(device, "compute_capability", ""))
+    major, _, minor = capability.partition(".")
+    return Facts(
+        "gpu",
+        device.device_kind,
+        (int(major), int(minor or 0)) if major.isdigit() else None,
+        int(getattr(device, "core_count", 132)),
+        _has_cudnn(),
+    )
+
+
+def _has_cudnn() -> bool:
+    with contextlib.suppress(ModuleNotFoundError):
+        return importlib.util.find_spec("nvidia.cudnn") is not None
+    return False
+
+
+def _not_hopper(facts: Facts) -> str | None:
+    """Why no kernel of ours can run there, or None."""
+    if facts.platform != "gpu":
+        return f"{facts.platform}: the kernels are for NVIDIA Hopper"
+    if facts.capability is None:
+        return f"{facts.name}: no compute capability known (not an NVIDIA GPU)"
+    if facts.capability != (9, 0):
+        major, minor = facts.capability
+        return f"compute capability {major}.{minor}: the kernels use wgmma and the copy engine of 9.0 (Hopper)"
+    return None
+
+
+def product(
+    facts: Facts, weights: Weights, tokens: int, *, result_bytes: int = 2, image_tokens: int = 0, may_split: bool = True
+) -> Choice:
+    """For X (tokens, I) times packed W; `image_tokens` is not 0 where a gate of each image is applied."""
+    if reason := _not_hopper(facts):
+        return Choice("xla", reason)
+    group_rows = weights.rows // weights.groups
+    if group_rows % 64:
+        return Choice("xla", f"{group_rows} rows share a codebook: a kernel's tile has 64")
+    itemsize = jnp.dtype(weights.dtype).itemsize
+    tile = tiles.choose(
+        tokens,
+        weights.rows,
+        weights.columns,
+        itemsize=itemsize,
+        group_rows=group_rows,
+        stream_bytes=weights.stream_bytes,
+        table_bytes=weights.table_bytes,
+        result_bytes=result_bytes,
+        token_divisor=image_tokens,
+        may_split=may_split,
+        decodes=weights.decodes,
+        multiprocessors=facts.multiprocessors,
+    )
+    if tile is None:
+        return Choice("xla", f"no tile fits: M={tokens}, O={weights.rows}, I={weights.columns}, T={image_tokens}")
+    return Choice("mosaic", f"{facts.name}: {jnp.dtype(weights.dtype).name} operands, {tile}", tile)
+
+
+def norm(facts: Facts, width: int, tokens: int, x_dtype: Any) -> Choice:
+    """For LayerNorm, modulation and quantization of images of `tokens` tokens."""
+    if reason := _not_hopper(facts):
+        return Choice("xla", reason)
+    if x_dtype != jnp.bfloat16 or width % 64 or width > 3072 or tokens < 4:
+        return Choice("xla", f"{jnp.dtype(x_dtype).name} ({tokens} tokens, D={width}): wanted bfloat16, D % 64 == 0")
+    return Choice("mosaic", f"{facts.name}: one pass, a token a warp")
+
+
+def attention(facts: Facts, head_size: int, dtype: Any) -> Choice:
+    """For softmax(Q K^T) V without a mask."""
+    if facts.platform != "gpu" or facts.capability is None or facts.capability < (8, 0):
+        return Choice("xla", f"{facts}: cuDNN's attention needs compute capability 8.0")
+    if not facts.cudnn:
+        return Choice("xla", "no cuDNN (pip install nvidia-cudnn-cu13 or -cu12)")
+    if dtype not in (jnp.bfloat16, jnp.float16) or head_size % 8 or head_size > 128:
+        return Choice(
+            "xla", f"{jnp.dtype(dtype).name}, heads of {head_size}: cuDNN takes 16 bits, multiples of 8 to 128"
+        )
+    return Choice("cudnn", f"{facts.name}: flash attention")
+
+
+def soft_weights(facts: Facts, num_codewords: int, length: int) -> Choice:
+    """For the soft weights of calibration and their gradient."""
+    if reason := _not_hopper(facts):
+        return Choice("xla", reason)
+    if num_codewords > 256 or length not in (2, 4, 8):
+        return Choice("xla", f"K={num_codewords}, d={length}: wanted K of 256 at most and d of 2, 4 or 8")
+    return Choice("mosaic", f"{facts.name}: fused forward, gradients without colliding scatters")
