@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, Num, Shaped
 
+from pallas_kernels.weights import unpair_rows
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +41,12 @@ class Epilogue:
             raise ValueError(f"out_scale goes with int8 or float8_e4m3fn results, and they with it; dtype={self.dtype}")
         if self.out_scale is not None and (self.modulation is not None or self.residual is not None):
             raise ValueError("an 8-bit result has neither gate nor residual")
+
+
+def unpaired(epilogue: Epilogue) -> Epilogue:
+    """The same for sums in W's own order, of one whose vectors are in that of `paired_rows`."""
+    natural = lambda v: None if v is None else unpair_rows(v)
+    return dataclasses.replace(epilogue, bias=natural(epilogue.bias), row_scale=natural(epilogue.row_scale))
 
 
 def saturate(x: Num[Array, "..."], dtype: jax.typing.DTypeLike) -> Shaped[Array, "..."]:

@@ -1,6 +1,5 @@
 """What a prepared network is made of, each run by the implementation that the selector names."""
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -10,7 +9,7 @@ from jaxtyping import Array, Float, Float32, Int32, Num, Shaped
 from pallas_kernels import epilogue as epilogue_lib
 from pallas_kernels import nibbles, reference_norm, selector
 from pallas_kernels.epilogue import Epilogue, saturate
-from pallas_kernels.weights import NibbleWeights, PreparedLinear, VQWeights, unpair_rows
+from pallas_kernels.weights import NibbleWeights, PreparedLinear
 
 _CONTRACT = (((1,), (1,)), ((), ()))
 
@@ -54,10 +53,8 @@ def linear(
 def dense_linear(x: Any, weights: Any, e: Epilogue, layer: Int32[Array, " 1"]) -> Shaped[Array, "M O"]:
     """The same through XLA: this layer's weights are decoded, and 8-bit operands multiplied as such."""
     i = layer[0]
-    paired = weights.order.paired_rows if isinstance(weights, VQWeights) else weights.paired_rows
-    if paired:
-        natural = lambda v: None if v is None else unpair_rows(v)
-        e = dataclasses.replace(e, bias=natural(e.bias), row_scale=natural(e.row_scale))
+    if weights.paired_rows:
+        e = epilogue_lib.unpaired(e)
     if isinstance(weights, NibbleWeights):
         values, scales = weights.dense(i)
         by_group = (x.shape[0], -1, nibbles.COLUMNS)
@@ -109,8 +106,38 @@ def quantize_tokens(x: Float[Array, "M D"], dtype: Any) -> tuple[Num[Array, "M D
 def attention(
     q: Float[Array, "B T N H"], k: Float[Array, "B T N H"], v: Float[Array, "B T N H"]
 ) -> Float[Array, "B T N H"]:
-    """softmax(q k^T / sqrt(H)) v."""
+    """softmax(q k^T / sqrt(H)) v by a library: cuDNN's or XLA's."""
     choice = selector.attention(selector.facts(), q.shape[-1], q.dtype)
     # Its XLA form mixes bfloat16 and float32 where strict promotion wants casts.
     with jax.numpy_dtype_promotion("standard"):
         return jax.nn.dot_product_attention(q, k, v, implementation=choice.implementation)
+
+
+def fused_attention(
+    qkv: Float[Array, "M C"],
+    layer: Int32[Array, " 1"],
+    *,
+    tokens: int,
+    num_heads: int,
+    dtype: Any,
+    out_scale: Float32[Array, " L"] | None = None,
+) -> tuple[Num[Array, "M D"], Float32[Array, " M"] | None]:
+    """Attention of each image's `tokens` rows from (q, k, v) side by side: (values in `dtype`, token scales or None).
+
+    8-bit values have the fixed scale `out_scale` of the layer, or without one a scale for each token.
+    """
+    rows, width = qkv.shape[0], qkv.shape[1] // 3
+    small = jnp.dtype(dtype).itemsize == 1
+    choice = selector.fused_attention(selector.facts(), width // num_heads, num_heads, tokens)
+    if choice.implementation == "mosaic":
+        from pallas_kernels.mosaic.attention import attention as kernel
+
+        if small and out_scale is not None:
+            how = dict(layer=layer, out_scale=out_scale, dtype=dtype)
+            return kernel(qkv, tokens=tokens, num_heads=num_heads, **how), None
+        return quantize_tokens(kernel(qkv, tokens=tokens, num_heads=num_heads), dtype)
+    q, k, v = jnp.moveaxis(qkv.reshape(-1, tokens, 3, num_heads, width // num_heads), 2, 0)
+    out = attention(q, k, v).reshape(rows, width)
+    if small and out_scale is not None:
+        return saturate(out.astype(jnp.float32) / out_scale[layer[0]], dtype), None
+    return quantize_tokens(out, dtype)

@@ -149,6 +149,15 @@ def attention(facts: Facts, head_size: int, dtype: Any) -> Choice:
     return Choice("cudnn", f"{facts.name}: flash attention")
 
 
+def fused_attention(facts: Facts, head_size: int, num_heads: int, tokens: int) -> Choice:
+    """For attention that reads the product of qkv as it lies."""
+    if reason := _not_hopper(facts):
+        return attention(facts, head_size, jnp.bfloat16) if facts.platform == "gpu" else Choice("xla", reason)
+    if tokens % 64 or head_size % 8 or head_size > 128 or head_size % 16 and num_heads % 2:
+        return attention(facts, head_size, jnp.bfloat16)
+    return Choice("mosaic", f"{facts.name}: flash attention on the qkv product as it lies")
+
+
 def soft_weights(facts: Facts, num_codewords: int, length: int) -> Choice:
     """For the soft weights of calibration and their gradient."""
     if reason := _not_hopper(facts):

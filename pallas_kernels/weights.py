@@ -63,6 +63,10 @@ class VQWeights:
         return self.codebooks.shape[1]
 
     @property
+    def paired_rows(self) -> bool:
+        return self.order.paired_rows
+
+    @property
     def replicas(self) -> int:
         """Copies of each codeword in the kernel's table."""
         size = self.codebooks.shape[-1] * self.codebooks.shape[-2]

@@ -5,24 +5,26 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
-from pallas_kernels import nibbles, selector
+from pallas_kernels import nibbles
 from pallas_kernels.weights import ByteWeights, NibbleWeights, PreparedLinear, pair_rows, vq_weights
 from vq4dit_jax import diffusion
 from vq4dit_jax.errors import InputError
 from vq4dit_jax.models import DiT
 from vq4dit_jax.models.prepared import PreparedBlocks
 from vq4dit_jax.models.stack import split_runs
+from vq4dit_jax.sampling import INITIAL, STEPS, guided, image_keys, noise
 from vq4dit_jax.vq import SoftVQArray, VQArray
 
 ACTIVATIONS = {None: jnp.bfloat16, "int8": jnp.int8, "e4m3": jnp.float8_e4m3fn}
 WEIGHTS = (None, "int8", "int4")
 _LIMIT = {jnp.dtype(jnp.int8): 127.0, jnp.dtype(jnp.float8_e4m3fn): 448.0}
+_RANGES = ("attn/proj", "mlp/fc2")
+"""Layers whose operands are quantized with a fixed scale."""
 _ADALN_TABLE_BYTES = 32768
 """The launch for adaLN has few tokens, so loads from the codebook are what takes its time: 16 copies of each codeword."""
 
@@ -32,7 +34,7 @@ def prepare_for_inference(
     activations: str | None = None,
     *,
     weights: str | None = None,
-    ranges: Float[np.ndarray, " L"] | None = None,
+    ranges: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """A DiT's parameters with blocks that run from packed weights; `model.apply` takes them, gradients are off.
 
@@ -42,8 +44,8 @@ def prepare_for_inference(
         8 bits too with a scale each (W2A8, W3A8).
       weights: "int8" (a scale for each row: W8A8) or "int4" (a scale for each row and 128 inputs: W4A8), with
         `activations` of "int8"; ViDiT-Q, arXiv 2406.02540.
-      ranges: of `activation_ranges`; then fc1's results are quantized where they are made, with a fixed scale. Without
-        them bfloat16 is written and read again, to quantize by token.
+      ranges: of `activation_ranges`; then what proj and fc2 read is quantized where it is made, with a fixed scale for
+        each layer. Without them it is written in bfloat16 and read again, to quantize by token.
 
     Everything outside the blocks becomes bfloat16. The result is for running only: it is no format, files hold `params`.
     Raises InputError where a combination has no form, or blocks are not those of a DiT.
@@ -61,14 +63,17 @@ def prepare_for_inference(
         raise InputError(
             "params hold no blocks of a DiT (attn, mlp, adaLN_modulation); prepared ones cannot be prepared again"
         )
+    depth = sum(run["attn"]["qkv"]["bias"].shape[0] for run in split_runs(blocks))
+    if ranges is not None and {name: np.shape(v) for name, v in ranges.items()} != dict.fromkeys(_RANGES, (depth,)):
+        raise InputError(f"ranges: wanted {' and '.join(_RANGES)} with an entry for each of the {depth} blocks")
     dtype, runs, first = jnp.dtype(ACTIVATIONS[activations]), [], 0
     for run in split_runs(blocks):
         depth = run["attn"]["qkv"]["bias"].shape[0]
-        own = None if ranges is None else np.asarray(ranges, np.float32)[first : first + depth]
+        own = (
+            None if ranges is None else {k: np.asarray(v, np.float32)[first : first + depth] for k, v in ranges.items()}
+        )
         runs.append(_prepare_run(run, dtype, weights, own))
         first += depth
-    if ranges is not None and len(ranges) != first:
-        raise InputError(f"ranges has {len(ranges)} entries; wanted one for each of the {first} blocks")
     kept = {
         name: jax.tree.map(lambda a: jnp.asarray(a, jnp.bfloat16), leaf)
         for name, leaf in params.items()
@@ -77,17 +82,57 @@ def prepare_for_inference(
     return {**kept, "blocks": runs[0] if len(runs) == 1 else tuple(runs)}
 
 
+def activation_ranges(
+    model: DiT,
+    params: Any,
+    *,
+    key: jax.Array,
+    weights: str | None = None,
+    images: int = 16,
+    num_steps: int = 10,
+    cfg_scale: float = 1.5,
+) -> dict[str, Float[np.ndarray, " L"]]:
+    """The largest magnitudes that proj and fc2 of each block read while the model samples from noise: zero data.
+
+    `images` random classes, DDPM in `num_steps` steps with guidance; the model itself, prepared without ranges, makes the
+    trajectory. Arguments as those of `prepare_for_inference` and `sample`.
+    """
+    prepared = prepare_for_inference(params, "int8" if weights else None, weights=weights)
+    labels_key, noise_key = jax.random.split(key)
+    labels = jax.random.randint(labels_key, (images,), 0, model.num_classes, jnp.int32)
+    sched = diffusion.make_schedule(num_steps)
+    shape = (model.input_size, model.input_size, model.in_channels)
+    keys = image_keys(noise_key, np.arange(images))
+
+    @jax.jit
+    def advance(x: jax.Array, i: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        t = sched.timesteps[i]
+        y = jnp.concatenate([labels, jnp.full_like(labels, model.num_classes)])
+        both, ts = jnp.concatenate([x, x]), jnp.full((2 * images,), t, jnp.int32)
+        seen = model.apply({"params": prepared}, both, ts, y, method="ranges")
+        output = guided(model, prepared, x, t, labels, cfg_scale)
+        return diffusion.ddpm_step(sched, i, x, output, noise(keys, STEPS, i, shape)), seen
+
+    x, found = noise(keys, INITIAL, 0, shape), []
+    for i in reversed(range(num_steps)):
+        x, seen = advance(x, jnp.int32(i))
+        found.append(seen)
+    return {name: np.max([np.asarray(seen[name]) for seen in found], axis=0) for name in _RANGES}
+
+
 def _prepare_run(run: Any, dtype: Any, weights: str | None, ranges: Any) -> PreparedBlocks:
     make = functools.partial(_prepare_linear, dtype=dtype, weights=weights)
-    result = None if ranges is None else np.maximum(ranges, 1e-6) / _LIMIT[dtype]
+    fixed = {name: np.maximum(v, 1e-6) / _LIMIT[dtype] for name, v in (ranges or {}).items()}
+    attended, hidden = (fixed.get(name) for name in _RANGES)
     # Few tokens: adaLN's time is that of reading its weights, and codewords in 16 bits take no more than in 8.
     adaln = functools.partial(make, dtype=jnp.dtype(jnp.bfloat16)) if weights is None else make
     return PreparedBlocks(
         modulation=adaln("adaLN_modulation/1", run["adaLN_modulation"]["1"], as_one=True),
         qkv=make("attn/qkv", run["attn"]["qkv"]),
-        proj=make("attn/proj", run["attn"]["proj"]),
-        fc1=make("mlp/fc1", run["mlp"]["fc1"], result_scale=result),
-        fc2=make("mlp/fc2", run["mlp"]["fc2"], operand_scale=result),
+        proj=make("attn/proj", run["attn"]["proj"], operand_scale=attended),
+        fc1=make("mlp/fc1", run["mlp"]["fc1"], result_scale=hidden),
+        fc2=make("mlp/fc2", run["mlp"]["fc2"], operand_scale=hidden),
+        attention_scale=None if attended is None else jnp.asarray(attended, jnp.float32),
     )
 
 

@@ -15,7 +15,7 @@ from vq4dit_jax.errors import InputError
 from vq4dit_jax.models import DiT
 
 SAMPLERS = ("ddpm", "ddim", "dpm++")
-_INITIAL, _STEPS = 0, 1
+INITIAL, STEPS = 0, 1
 """Streams of randomness: the first noise, and the noise of the steps."""
 
 
@@ -33,30 +33,40 @@ def noise(keys: jax.Array, stream: int, step: int | jax.Array, shape: tuple[int,
     return jax.vmap(one)(keys)
 
 
-def guided(model: DiT, params: Any, x: jax.Array, t: jax.Array, labels: jax.Array, cfg_scale: Any) -> jax.Array:
+def _with_null(model: DiT, labels: jax.Array) -> jax.Array:
+    return jnp.concatenate([labels, jnp.full_like(labels, model.num_classes)])
+
+
+def guided(
+    model: DiT, params: Any, x: jax.Array, t: jax.Array, labels: jax.Array, cfg_scale: Any, modulations: Any = None
+) -> jax.Array:
     """Model output for x (B, H, W, C) with guidance; t a scalar."""
-    both = jnp.concatenate([x, x])
-    y = jnp.concatenate([labels, jnp.full_like(labels, model.num_classes)])
+    both, y = jnp.concatenate([x, x]), _with_null(model, labels)
     ts = jnp.full((both.shape[0],), t, jnp.int32)
-    out = model.apply({"params": params}, both, ts, y, cfg_scale, method="forward_with_cfg")
+    out = model.apply({"params": params}, both, ts, y, cfg_scale, modulations, method="forward_with_cfg")
     return out[: x.shape[0]]
 
 
 def denoise(
-    predict: Callable[[jax.Array, jax.Array], jax.Array],
+    predict: Callable[..., jax.Array],
     sched: diffusion.Schedule,
     keys: jax.Array,
     shape: tuple[int, ...],
     sampler: str,
+    per_step: Any = None,
 ) -> Float[Array, "B H W C"]:
-    """Runs `predict(x, t) -> model output` from noise to image. Pure and jittable."""
-    x = noise(keys, _INITIAL, 0, shape)
+    """Runs `predict(x, t) -> model output` from noise to image. Pure and jittable.
+
+    `per_step`: arrays with a leading axis of N steps, of which step i gives `predict` a third argument.
+    """
+    x = noise(keys, INITIAL, 0, shape)
 
     def step(carry: tuple[jax.Array, jax.Array], i: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
         x, x0 = carry
-        output = predict(x, sched.timesteps[i])
+        given = () if per_step is None else (jax.tree.map(lambda a: a[i], per_step),)
+        output = predict(x, sched.timesteps[i], *given)
         if sampler == "ddpm":
-            x = diffusion.ddpm_step(sched, i, x, output, noise(keys, _STEPS, i, shape))
+            x = diffusion.ddpm_step(sched, i, x, output, noise(keys, STEPS, i, shape))
         elif sampler == "ddim":
             x = diffusion.ddim_step(sched, i, x, output)
         else:
@@ -68,16 +78,22 @@ def denoise(
     return x
 
 
-@functools.partial(jax.jit, static_argnames=("model", "mesh", "sampler", "use_guidance"))
-def _sample(model, mesh, params, labels, keys, sched, cfg_scale, *, sampler, use_guidance):
+@functools.partial(jax.jit, static_argnames=("model", "mesh", "sampler", "use_guidance", "hoist_modulations"))
+def _sample(model, mesh, params, labels, keys, sched, cfg_scale, *, sampler, use_guidance, hoist_modulations):
     def on_one_device(params, labels, keys, sched, cfg_scale):
-        def predict(x: jax.Array, t: jax.Array) -> jax.Array:
+        def predict(x: jax.Array, t: jax.Array, modulations: Any = None) -> jax.Array:
             if use_guidance:
-                return guided(model, params, x, t, labels, cfg_scale)
-            return model.apply({"params": params}, x, jnp.full((x.shape[0],), t, jnp.int32), labels)
+                return guided(model, params, x, t, labels, cfg_scale, modulations)
+            ts = jnp.full((x.shape[0],), t, jnp.int32)
+            return model.apply({"params": params}, x, ts, labels, modulations=modulations)
 
+        def modulations(t: jax.Array) -> Any:
+            y = _with_null(model, labels) if use_guidance else labels
+            return model.apply({"params": params}, jnp.full(y.shape, t, jnp.int32), y, method="modulations")
+
+        per_step = jax.lax.map(modulations, sched.timesteps) if hoist_modulations else None
         size = model.input_size
-        return denoise(predict, sched, keys, (size, size, model.in_channels), sampler)
+        return denoise(predict, sched, keys, (size, size, model.in_channels), sampler, per_step)
 
     # Mapped, not partitioned by the compiler: a device's program depends on its own share of the batch alone, so the
     # same share gives the same bits on one device and on eight.
@@ -112,12 +128,16 @@ def sample(
     sampler: str = "ddpm",
     cfg_scale: float = 1.5,
     indices: jax.typing.ArrayLike | None = None,
+    hoist_modulations: bool = False,
 ) -> Float[Array, "B H W C"]:
     """Images (or latents) in model space for integer `labels` (B,), from dense or quantized parameters.
 
     Image j of the call is image `indices[j]` (by default j) of the stream `key`: the same, up to rounding, whatever
     the batch, and to the bit for the same number of images a device. The batch is cut over this process's devices,
     and padded to a multiple of them. Guidance is skipped where cfg_scale is 1.
+
+    With `hoist_modulations` the shifts, scales and gates of all steps are computed before the first (they depend on time
+    and label alone): for XL/2 in bfloat16 0.39 MB a step and row of the batch, two rows an image with guidance.
 
     Raises InputError for an unknown sampler, steps out of range, or labels that are not classes.
     """
@@ -147,6 +167,7 @@ def sample(
         jnp.float32(cfg_scale),
         sampler=sampler,
         use_guidance=cfg_scale != 1.0,
+        hoist_modulations=hoist_modulations,
     )
     return images[:count]
 

@@ -24,7 +24,7 @@ from pallas_kernels.mosaic import compat, store
 from pallas_kernels.mosaic.int_matmul import ByteSource, NibbleSource
 from pallas_kernels.mosaic.vq_matmul import VQSource
 from pallas_kernels.tiles import Tile
-from pallas_kernels.weights import ByteWeights, NibbleWeights, VQWeights, Weights
+from pallas_kernels.weights import ByteWeights, NibbleWeights, VQWeights, Weights, unpair_rows
 
 _BY_ROW = plgpu.Layout.WGMMA.reduce(1)
 _BY_TOKEN = plgpu.Layout.WGMMA.reduce(0)
@@ -85,8 +85,10 @@ def product(
         if epilogue.residual is not None:
             epilogue = dataclasses.replace(epilogue, residual=jnp.pad(epilogue.residual, padding))
     if tile.splits > 1:
-        acc = _launch(x, _source(weights), Epilogue(dtype=jnp.float32), layer, tile, interpret)
-        return epilogue_lib.apply(acc.sum(0)[:, :tokens].T, epilogue, layer[0])
+        acc = _launch(x, _source(weights), Epilogue(dtype=jnp.float32), layer, tile, interpret).sum(0)
+        if weights.paired_rows:
+            acc, epilogue = unpair_rows(acc[None])[0], epilogue_lib.unpaired(epilogue)
+        return epilogue_lib.apply(acc[:, :tokens].T, epilogue, layer[0])
     return _launch(x, _source(weights), epilogue, layer, tile, interpret)[:tokens]
 
 

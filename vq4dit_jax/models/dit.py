@@ -241,13 +241,15 @@ class DiT(nn.Module):
         c = self.conditioning(t, y)
         return tuple(self._modulation(run, c) for run in self._runs())
 
-    def hidden_ranges(self, x: Float[Array, "B H W C"], t: Num[Array, " B"], y: Int[Array, " B"]) -> Float[Array, " L"]:
-        """The largest magnitude of each prepared block's fc1 result, for `prepare_for_inference(ranges=)`."""
+    def ranges(
+        self, x: Float[Array, "B H W C"], t: Num[Array, " B"], y: Int[Array, " B"]
+    ) -> dict[str, Float[Array, " L"]]:
+        """The largest magnitudes of what each prepared block's proj and fc2 read."""
         c, tokens, ranges = self.conditioning(t, y), self._tokens(x), []
         for run in self._runs():
             tokens, _, found = self._run(run, tokens, c, None, True)
             ranges.append(found)
-        return jnp.concatenate(ranges)
+        return jax.tree.map(lambda *parts: jnp.concatenate(parts), *ranges)
 
     def _runs(self) -> list[Any]:
         """Runs of equal blocks, in order: prepared ones, or stacked parameters."""

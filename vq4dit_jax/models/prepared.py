@@ -3,7 +3,7 @@
     modulation of all blocks   one product for the whole network, before the first block
     norm1, shift, scale        [8-bit: and quantization by token]
     qkv                        with bias
-    attention                  [8-bit: and quantization by token, one launch more]
+    attention                  [8-bit: and quantization with a fixed scale]
     proj                       with bias, gate and the sum with x
     norm2, shift, scale        [8-bit: and quantization by token]
     fc1                        with bias and GELU [8-bit: and quantization with a fixed scale]
@@ -14,6 +14,7 @@ moves nothing.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -36,7 +37,8 @@ class PreparedBlocks:
       * `qkv`, `proj`, `fc1`, `fc2` are `PreparedLinear` of L layers whose operands have one dtype: bfloat16, int8 or
         float8_e4m3fn. The residual stream between them is bfloat16.
       * `modulation` is a `PreparedLinear` of one layer with the rows of all L adaLN layers, one after the other.
-      * where fc1 has a `result_scale`, its result goes to fc2 in 8 bits, and fc2's `row_scale` contains that scale.
+      * where fc1 has a `result_scale`, its result goes to fc2 in 8 bits, and fc2's `row_scale` contains that scale;
+        likewise `attention_scale` (L,) float32, or None, and proj's.
     """
 
     modulation: PreparedLinear
@@ -44,6 +46,7 @@ class PreparedBlocks:
     proj: PreparedLinear
     fc1: PreparedLinear
     fc2: PreparedLinear
+    attention_scale: Any = None
 
     @property
     def depth(self) -> int:
@@ -84,12 +87,12 @@ def run_and_look(
     *,
     num_heads: int,
     eps: tuple[float, float],
-) -> tuple[Float[Array, "B T D"], Float[Array, "L B T D"], Float[Array, " L"]]:
-    """The same, with the output of every block and the largest magnitude of every fc1 result."""
+) -> tuple[Float[Array, "B T D"], Float[Array, "L B T D"], dict[str, Float[Array, " L"]]]:
+    """The same, with the output of every block and the largest magnitudes of what proj and fc2 read."""
 
     def step(tokens: jax.Array, i: jax.Array) -> tuple[jax.Array, Any]:
-        tokens, hidden = _block(blocks, i, tokens, modulations, x.shape[1], num_heads, eps)
-        return tokens, (tokens.reshape(x.shape), jnp.abs(hidden.astype(jnp.float32)).max())
+        tokens, seen = _block(blocks, i, tokens, modulations, x.shape[1], num_heads, eps)
+        return tokens, (tokens.reshape(x.shape), jax.tree.map(lambda a: jnp.abs(a.astype(jnp.float32)).max(), seen))
 
     tokens, (outputs, ranges) = jax.lax.scan(step, _rows(x), jnp.arange(blocks.depth, dtype=jnp.int32))
     return tokens.reshape(x.shape), outputs, ranges
@@ -101,8 +104,8 @@ def _rows(x: Float[Array, "B T D"]) -> Float[Array, "M D"]:
 
 def _block(
     blocks: PreparedBlocks, i: jax.Array, x: jax.Array, modulations: jax.Array, tokens: int, num_heads: int, eps: tuple
-) -> tuple[jax.Array, jax.Array]:
-    """One block on x (M, D); also the result of fc1."""
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """One block on x (M, D); also what proj and fc2 read, before it is quantized by token."""
     rows, width = x.shape
     layer = i.reshape(1)
     stride = _CHUNKS * width
@@ -118,8 +121,14 @@ def _block(
 
     operand, scale = norm(_SHIFT1, _SCALE1, eps[0])
     qkv = ops.linear(operand, blocks.qkv, layer, scale)
-    q, k, v = jnp.moveaxis(qkv.reshape(-1, tokens, 3, num_heads, width // num_heads), 2, 0)
-    operand, scale = ops.quantize_tokens(ops.attention(q, k, v).reshape(rows, width), blocks.operand_dtype)
+    attend = functools.partial(ops.fused_attention, qkv, layer, tokens=tokens, num_heads=num_heads)
+    if blocks.attention_scale is None:
+        attended, _ = attend(dtype=jnp.bfloat16)
+        operand, scale = ops.quantize_tokens(attended, blocks.operand_dtype)
+    else:
+        # The fixed scale is in proj's row_scale.
+        attended, scale = attend(dtype=blocks.operand_dtype, out_scale=blocks.attention_scale)
+        operand = attended
     x = gated(operand, blocks.proj, scale, _GATE1)
 
     operand, scale = norm(_SHIFT2, _SCALE2, eps[1])
@@ -128,4 +137,4 @@ def _block(
     operand, scale = (
         (hidden, None) if hidden.dtype == blocks.operand_dtype else ops.quantize_tokens(hidden, blocks.operand_dtype)
     )
-    return gated(operand, blocks.fc2, scale, _GATE2), hidden
+    return gated(operand, blocks.fc2, scale, _GATE2), {"attn/proj": attended, "mlp/fc2": hidden}
