@@ -19,7 +19,6 @@ import json
 import os
 import pathlib
 import statistics
-import subprocess
 import sys
 import time
 
@@ -28,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from flax import traverse_util
 
+from benchmarks import record
 from benchmarks.torch_inception import TorchInception
 from convert.inception import expected_shapes, torch_name
 from convert.inception import load_inception as load_weights
@@ -60,11 +60,6 @@ def torch_features(network: TorchInception, images: np.ndarray) -> np.ndarray:
         x = F.interpolate(x, size=(299, 299), mode="bilinear", align_corners=False)
         batches.append(network(2 * x - 1)["mixed_7"].numpy())  # (x - 128) / 128, as ours
     return np.concatenate(batches)
-
-
-def _commit() -> str:
-    command = ["git", "describe", "--always", "--dirty"]
-    return subprocess.run(command, capture_output=True, text=True, cwd=pathlib.Path(__file__).parent).stdout.strip()
 
 
 def main() -> None:
@@ -115,7 +110,7 @@ def main() -> None:
     cpu = {name: statistics.median(values) for name, values in cpu_ms.items()}
     result = {
         "command": " ".join(["python -m benchmarks.inception_speed", *sys.argv[1:]]),
-        "commit": _commit(),
+        "commit": record.commit(),
         "devices": provenance.devices(),
         "threads": torch.get_num_threads(),
         "load_average": {"before": load, "after": os.getloadavg()[0]},

@@ -58,6 +58,7 @@ def dense_linear(x: Any, weights: Any, e: Epilogue, layer: Int32[Array, " 1"]) -
     if isinstance(weights, NibbleWeights):
         values, scales = weights.dense(i)
         by_group = (x.shape[0], -1, nibbles.COLUMNS)
+        x = jnp.pad(x, ((0, 0), (0, values.shape[1] - x.shape[1])))
         # Exact integers of each group, then float32, as in the kernel.
         parts = jnp.einsum(
             "mgc,ogc->gmo",

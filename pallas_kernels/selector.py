@@ -108,6 +108,8 @@ def product(
     if group_rows % 64:
         return Choice("xla", f"{group_rows} rows share a codebook: a kernel's tile has 64")
     itemsize = jnp.dtype(weights.dtype).itemsize
+    if weights.columns * itemsize % 128:
+        return Choice("xla", f"I={weights.columns}: a kernel's step takes {128 // itemsize} columns")
     tile = tiles.choose(
         tokens,
         weights.rows,
@@ -158,10 +160,10 @@ def fused_attention(facts: Facts, head_size: int, num_heads: int, tokens: int) -
     return Choice("mosaic", f"{facts.name}: flash attention on the qkv product as it lies")
 
 
-def soft_weights(facts: Facts, num_codewords: int, length: int) -> Choice:
+def soft_weights(facts: Facts, num_codewords: int, length: int, candidates: int) -> Choice:
     """For the soft weights of calibration and their gradient."""
     if reason := _not_hopper(facts):
         return Choice("xla", reason)
-    if num_codewords > 256 or length not in (2, 4, 8):
-        return Choice("xla", f"K={num_codewords}, d={length}: wanted K of 256 at most and d of 2, 4 or 8")
+    if num_codewords > 256 or length not in (2, 4, 8) or candidates > 4:
+        return Choice("xla", f"K={num_codewords}, d={length}, n={candidates}: wanted K to 256, d of 2, 4 or 8, n to 4")
     return Choice("mosaic", f"{facts.name}: fused forward, gradients without colliding scatters")

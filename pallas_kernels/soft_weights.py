@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import reference, reference_soft
+from pallas_kernels import reference, reference_soft, selector
 
 IMPLEMENTATIONS = ("xla", "mosaic")
 
@@ -24,16 +24,20 @@ def soft_weights(
     candidates: Int[Array, "*stack n O S"],
     ratios: Float[Array, "*stack n O S"],
     *,
-    implementation: str = "xla",
+    implementation: str | None = None,
     dtype: Any = jnp.float32,
     interpret: Any = None,
 ) -> Float[Array, "*stack O I"]:
     """W_hat in `dtype` (float32 or bfloat16), differentiable in codebook and ratios, whose gradients are float32.
 
-    `implementation` "mosaic": two kernels for Hopper, which take all layers of a stack in one launch. "xla": plain jnp, the
-    backward pass by a segment sum on a CPU and by products with one-hot tiles elsewhere. Candidates may be uint8 or
-    int32. `interpret` (mosaic): parameters of Pallas' GPU interpreter.
+    `implementation` None: the selector's. "mosaic": two kernels for Hopper, which take all layers of a stack in one
+    launch. "xla": plain jnp, the backward pass by a segment sum on a CPU and by products with one-hot tiles elsewhere.
+    Candidates may be uint8 or int32. `interpret` (mosaic): parameters of Pallas' GPU interpreter.
     """
+    if implementation is None:
+        codewords, length = codebook.shape[-2:]
+        number = candidates.shape[-3]
+        implementation = selector.soft_weights(selector.facts(), codewords, length, number).implementation
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation={implementation!r}: wanted one of {', '.join(IMPLEMENTATIONS)}")
     return _soft_weights(implementation, jnp.dtype(dtype), interpret, codebook, candidates, ratios)

@@ -5,6 +5,7 @@ copy: an orbax or safetensors file holds the packed rows of `VQArray`, a prepare
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -40,7 +41,8 @@ class VQWeights:
     Invariants:
       * `assignments` (L, O/64, I/order.columns * order.lines, 32) int32, of `fragments.pack`.
       * `codebooks` (L, G, lines, words) int32, of `fragments.codebook_words`; row o of W reads codebook o // (O/G).
-      * `dtype` is bfloat16 (order.itemsize 2), int8 or float8_e4m3fn (1); `columns` is I.
+      * `dtype` is bfloat16 (order.itemsize 2), int8 or float8_e4m3fn (1); `columns` is I, which the assignments may
+        exceed to fill the last step; X is filled up with zeros there.
     """
 
     assignments: Any
@@ -57,6 +59,11 @@ class VQWeights:
     @property
     def rows(self) -> int:
         return self.assignments.shape[1] * ROWS
+
+    @property
+    def steps(self) -> int:
+        """Of the main loop."""
+        return self.assignments.shape[2] // self.order.lines
 
     @property
     def groups(self) -> int:
@@ -86,15 +93,19 @@ class VQWeights:
         codes = fragments.unpack(self.assignments[layer], self.order).reshape(self.groups, -1)
         codebooks = fragments.codebook_of(self.codebooks[layer], self.order, self.dtype)
         take = lambda codebook, codes: jnp.take(codebook, codes, axis=0, mode="clip")
-        return jax.vmap(take)(codebooks, codes).reshape(self.rows, self.columns)
+        return jax.vmap(take)(codebooks, codes).reshape(self.rows, -1)[:, : self.columns]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ByteWeights:
-    """8-bit W: `values` (L, O, I) int8 or float8_e4m3fn; with `paired_rows` its rows are as the kernel stores 8-bit results."""
+    """8-bit W: `values` (L, O, >= I) int8 or float8_e4m3fn, filled up to steps of 128 columns.
+
+    With `paired_rows` its rows are as the kernel stores 8-bit results.
+    """
 
     values: Any
+    columns: int = static()
     paired_rows: bool = static(default=False)
     stream_bytes = 64 * 128
     table_bytes = 0
@@ -114,11 +125,11 @@ class ByteWeights:
         return self.values.shape[1]
 
     @property
-    def columns(self) -> int:
-        return self.values.shape[2]
+    def steps(self) -> int:
+        return self.values.shape[2] // 128
 
     def dense(self, layer: jax.Array) -> jax.Array:
-        w = self.values[layer]
+        w = self.values[layer, :, : self.columns]
         return unpair_rows(w[None])[0] if self.paired_rows else w
 
 
@@ -127,12 +138,13 @@ class ByteWeights:
 class NibbleWeights:
     """4-bit W with a scale for each row and 128 columns.
 
-    Invariants: `values` (L, O/64, I/128 * nibbles.LINES, 32) int32, of `nibbles.pack`; `scales` (L, I/128, O) float32, in
-    the order of the packed rows.
+    Invariants: `values` (L, O/64, steps * nibbles.LINES, 32) int32, of `nibbles.pack`; `scales` (L, steps, O) float32, in
+    the order of the packed rows; `columns` is I, at most 128 * steps.
     """
 
     values: Any
     scales: Any
+    columns: int = static()
     paired_rows: bool = static(default=False)
     stream_bytes = 64 * 64 + 64 * 4
     table_bytes = 0
@@ -149,12 +161,12 @@ class NibbleWeights:
         return self.scales.shape[2]
 
     @property
-    def columns(self) -> int:
-        return self.scales.shape[1] * nibbles.COLUMNS
+    def steps(self) -> int:
+        return self.scales.shape[1]
 
     def dense(self, layer: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Integers (O, I) int8 and their scales (I/128, O) of one layer, rows in W's order."""
-        values = nibbles.unpack(self.values[layer], self.paired_rows).reshape(self.rows, self.columns)
+        """Integers (O, 128 * steps) int8 and their scales (steps, O) of one layer, rows in W's order."""
+        values = nibbles.unpack(self.values[layer], self.paired_rows).reshape(self.rows, -1)
         scales = self.scales[layer]
         return values, unpair_rows(scales) if self.paired_rows else scales
 
@@ -172,14 +184,39 @@ def vq_weights(
     """
     *_, num_codewords, length = codebooks.shape
     order = fragments.order_for(codebooks.dtype.itemsize, length, num_codewords, paired_rows)
-    replicas = max(1, min(32, table_bytes // (4 * 2**order.bits * order.codebook_words)))
+    missing = -codes.shape[-1] % (order.columns // length)
+    filled = np.pad(codes, ((0, 0), (0, 0), (0, missing)))
     return VQWeights(
-        jnp.asarray(fragments.pack(codes, order)),
-        fragments.codebook_words(codebooks, order, replicas),
+        jnp.asarray(fragments.pack(filled, order)),
+        fragments.codebook_words(codebooks, order, _replicas(order, table_bytes)),
         order,
         jnp.dtype(codebooks.dtype),
         codes.shape[-1] * length,
     )
+
+
+def vq_shapes(
+    layers: int,
+    rows: int,
+    columns: int,
+    groups: int,
+    num_codewords: int,
+    length: int,
+    dtype: Any,
+    paired_rows: bool = False,
+    table_bytes: int = 16384,
+) -> VQWeights:
+    """The shapes of `vq_weights`, without weights."""
+    order = fragments.order_for(jnp.dtype(dtype).itemsize, length, num_codewords, paired_rows)
+    codebook = jax.ShapeDtypeStruct((layers, groups, num_codewords, length), dtype)
+    words = functools.partial(fragments.codebook_words, order=order, replicas=_replicas(order, table_bytes))
+    lines = -(-columns // order.columns) * order.lines
+    assignments = jax.ShapeDtypeStruct((layers, rows // ROWS, lines, fragments.LINE), jnp.int32)
+    return VQWeights(assignments, jax.eval_shape(words, codebook), order, jnp.dtype(dtype), columns)
+
+
+def _replicas(order: FragmentOrder, table_bytes: int) -> int:
+    return max(1, min(32, table_bytes // (4 * 2**order.bits * order.codebook_words)))
 
 
 @jax.tree_util.register_dataclass

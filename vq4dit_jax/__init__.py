@@ -25,6 +25,7 @@ _HOME = {
     "activation_ranges": "vq4dit_jax.inference",
     "calibrate": "vq4dit_jax.calibration",
     "dequantize": "vq4dit_jax.quantization",
+    "explain_kernels": "vq4dit_jax.explain",
     "load_pretrained": "convert.load",
     "load_quantized": "vq4dit_jax.checkpoint",
     "load_safetensors": "vq4dit_jax.checkpoint",

@@ -194,18 +194,18 @@ def _integers(name: str, kernel: Any, weights: str, as_one: bool, paired: bool) 
         )
     w = np.asarray(kernel, np.float32).swapaxes(-1, -2)
     w = w.reshape(1, -1, w.shape[-1]) if as_one else w
-    layers, rows, columns = w.shape
+    columns = w.shape[-1]
+    w = np.pad(w, ((0, 0), (0, 0), (0, -columns % nibbles.COLUMNS)))
+    layers, rows, _ = w.shape
     if weights == "int8":
         scale = np.maximum(np.abs(w).max(-1, keepdims=True), 1e-12) / 127
         values = np.rint(w / scale).astype(np.int8)
         row_scale = scale[..., 0].astype(np.float32)
         row_scale = row_scale.reshape(kernel.shape[0], -1)
-        return ByteWeights(jnp.asarray(pair_rows(values) if paired else values), paired), row_scale
-    if columns % nibbles.COLUMNS:
-        raise InputError(f"blocks/{name}/kernel has {columns} inputs; int4 wants a multiple of {nibbles.COLUMNS}")
+        return ByteWeights(jnp.asarray(pair_rows(values) if paired else values), columns, paired), row_scale
     grouped = w.reshape(layers, rows, -1, nibbles.COLUMNS)
     scale = np.maximum(np.abs(grouped).max(-1), 1e-12) / 7
     values = np.clip(np.rint(grouped / scale[..., None]), -8, 7).astype(np.int8).reshape(w.shape)
     scale = pair_rows(scale) if paired else scale
     scales = np.ascontiguousarray(scale.swapaxes(1, 2), np.float32)
-    return NibbleWeights(jnp.asarray(nibbles.pack(values, paired)), jnp.asarray(scales), paired), None
+    return NibbleWeights(jnp.asarray(nibbles.pack(values, paired)), jnp.asarray(scales), columns, paired), None

@@ -12,10 +12,11 @@ import json
 import logging
 import os
 import sys
+from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-from benchmarks.aot import compiler  # noqa: E402
+from benchmarks.aot import compiler
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +37,8 @@ class Row:
     broken: tuple[str, ...]
 
 
-def measure(name: str, case) -> Row:
-    """`case` has `fn`, `shapes` and the limits `mma` and `max_loop` (None: any)."""
+def measure(name: str, case: Any) -> Row:
+    """`case`: see `benchmarks.aot.cases`."""
     compiled = compiler.compile(case.fn, *case.shapes, name=name)
     if not compiled.mosaic_kernels:
         raise RuntimeError(f"{name}: the program has no Mosaic kernel")
@@ -52,6 +53,9 @@ def measure(name: str, case) -> Row:
         broken.append(f"{mma or 'no tensor-core instruction'} where {case.mma or 'none'} is wanted")
     if case.max_loop is not None and loop > case.max_loop:
         broken.append(f"{loop} instructions in the main loop, more than {case.max_loop}")
+    launches = len(compiled.launches_per_iteration())
+    if case.max_launches is not None and launches > case.max_launches:
+        broken.append(f"{launches} launches a block, more than {case.max_launches}")
     return Row(
         name,
         assembly.registers,
@@ -63,7 +67,7 @@ def measure(name: str, case) -> Row:
         loop,
         case.max_loop,
         len(compiled.launches()),
-        len(compiled.launches_per_iteration()),
+        launches,
         tuple(broken),
     )
 
@@ -78,10 +82,11 @@ def main(arguments: list[str]) -> int:
         return 2
     # XLA asks the plugin for a GPU that is not there, and says so.
     logging.getLogger("jax._src.xla_bridge").setLevel(logging.ERROR)
-    from benchmarks.aot.cases import CASES
+    from benchmarks.aot.cases import cases
 
-    rows = [measure(name, case) for name, case in CASES.items() if flags.only in name]
-    head = f"{'case':40} {'regs':>4} {'spills':>6} {'shared':>7} {'mma':>6} {'loop':>5} {'limit':>5} {'launches':>8} {'a loop':>6}"
+    rows = [measure(name, case) for name, case in cases().items() if flags.only in name]
+    columns = "regs spills  shared    mma  loop limit launches a loop"
+    head = f"{'case':40} {columns}"
     print(head)
     for row in rows:
         shared = row.static_shared_bytes + row.dynamic_shared_bytes

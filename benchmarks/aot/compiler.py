@@ -118,7 +118,7 @@ def compile(fn: Callable, *shapes: Any, name: str = "program") -> Compiled:
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), shapes)
     with tempfile.TemporaryDirectory(prefix="vq4dit-aot-") as folder:
         with _dumping(folder), use_abstract_mesh(_abstract_mesh()):
-            lowered = jax.jit(program).lower(*shapes)
+            lowered = jax.jit(program, keep_unused=True).lower(*shapes)
             _make_kernels_unknown(lowered.compiler_ir("stablehlo"))
             lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_emitter_re": "ptx"})
         outputs = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(lowered.out_info)]

@@ -10,7 +10,7 @@ _CONTROL = {"kWhile", "kConditional", "kSequential", "kCommandBuffer", "kWaitFor
 
 @dataclasses.dataclass(frozen=True)
 class Thunk:
-    """One entry of the list. `name`: the kernel, or the HLO instruction that it came from.
+    """One entry of the list. `name`: the kernel where it is known; `instruction`: of the HLO that it came from.
 
     `bodies` holds the thunks inside, by the label that XLA prints: 'condition' and 'body' of a kWhile; 'true_branch' and
     'false_branch', or 'branch_0' and so on, of a kConditional.
@@ -18,6 +18,7 @@ class Thunk:
 
     kind: str
     name: str
+    instruction: str
     bodies: dict[str, tuple["Thunk", ...]] = dataclasses.field(default_factory=dict)
 
     @property
@@ -88,6 +89,7 @@ def parse_thunks(sequence: str, metadata: str, kernels: dict[str, str]) -> tuple
             node = {
                 "kind": thunk[2],
                 "name": kernels.get(instruction, printed),
+                "instruction": instruction,
                 "bodies": {},
                 "label": "",
                 "indent": indent,
@@ -101,6 +103,11 @@ def parse_thunks(sequence: str, metadata: str, kernels: dict[str, str]) -> tuple
 
 def _freeze(nodes: list[dict]) -> tuple[Thunk, ...]:
     return tuple(
-        Thunk(node["kind"], node["name"], {label: _freeze(body) for label, body in node["bodies"].items()})
+        Thunk(
+            node["kind"],
+            node["name"],
+            node["instruction"],
+            {label: _freeze(body) for label, body in node["bodies"].items()},
+        )
         for node in nodes
     )

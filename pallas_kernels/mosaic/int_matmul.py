@@ -31,14 +31,14 @@ class ByteSource:
     promotes = False
 
     def operands(self) -> Sequence[jax.Array]:
-        return (self.weights.values.reshape(-1, self.weights.columns),)
+        return (self.weights.values.reshape(-1, self.weights.values.shape[2]),)
 
     def streams(self, tile: Tile) -> Sequence[plgpu.BlockSpec]:
         swizzle = store.transforms(self.weights.values.dtype)
         return (plgpu.BlockSpec((tile.rows, 128), lambda k: (0, k), transforms=swizzle, memory_space=plgpu.SMEM),)
 
     def at_rows(self, refs: Sequence[Any], layer: Any, block: Any, first_step: Any, tile: Tile) -> Sequence[Any]:
-        columns = pl.ds(first_step * 128, self.weights.columns // tile.splits)
+        columns = pl.ds(first_step * 128, self.weights.steps * 128 // tile.splits)
         return (refs[0].at[pl.ds(layer * self.weights.rows + block * tile.rows, tile.rows), columns],)
 
     def table(self) -> None:
@@ -73,7 +73,7 @@ class NibbleSource:
         )
 
     def at_rows(self, refs: Sequence[Any], layer: Any, block: Any, first_step: Any, tile: Tile) -> Sequence[Any]:
-        tiles, steps = tile.warpgroups * tile.row_tiles, self.weights.scales.shape[1]
+        tiles, steps = tile.warpgroups * tile.row_tiles, self.weights.steps
         here = steps // tile.splits
         lines = pl.ds(first_step * nibbles.LINES, here * nibbles.LINES)
         values = refs[0].at[pl.ds(layer * self.weights.values.shape[1] + block * tiles, tiles), lines]

@@ -73,14 +73,18 @@ def product(
 ) -> Shaped[Array, "M O"]:
     """Y = epilogue(X W^T) of one layer of the stack. With tile.splits > 1 the epilogue is XLA's, after the sum of parts.
 
-    O must be a multiple of tile.rows, I of 128 bytes; any M, whose last block the copy engine fills with zeros and cuts off.
+    O must be a multiple of tile.rows. Any M: the copy engine fills the last block with zeros and cuts it off. Any I that the
+    weights were packed for, at the price of a copy of X where it is no multiple of 128 bytes.
     """
     tokens, columns = x.shape
-    rows, step = weights.rows, 128 // x.dtype.itemsize
-    if columns != weights.columns or columns % (step * tile.splits) or rows % tile.rows:
-        raise ValueError(f"X {x.shape}, W ({rows}, {weights.columns}): {tile} does not divide them")
-    if interpret and not compat.INTERPRETER_CLIPS and tokens % tile.tokens:
-        padding = ((0, -tokens % tile.tokens), (0, 0))
+    if columns != weights.columns or weights.steps % tile.splits or weights.rows % tile.rows:
+        raise ValueError(f"X {x.shape}, W ({weights.rows}, {weights.columns}): {tile} does not divide them")
+    missing = weights.steps * (128 // x.dtype.itemsize) - columns
+    x = jnp.pad(x, ((0, 0), (0, missing))) if missing else x
+    # The copy engine sees an array as tiles of eight rows, or as one that is smaller.
+    whole = tile.tokens if interpret and not compat.INTERPRETER_CLIPS else min(tokens, 8)
+    if tokens % whole:
+        padding = ((0, -tokens % whole), (0, 0))
         x = jnp.pad(x, padding)
         if epilogue.residual is not None:
             epilogue = dataclasses.replace(epilogue, residual=jnp.pad(epilogue.residual, padding))

@@ -35,7 +35,7 @@ class VQSource:
     def at_rows(self, refs: Sequence[Any], layer: Any, block: Any, first_step: Any, tile: Tile) -> Sequence[Any]:
         tiles = tile.warpgroups * tile.row_tiles
         first = layer * self.weights.assignments.shape[1] + block * tiles
-        steps = self.weights.columns // self.weights.order.columns // tile.splits
+        steps = self.weights.steps // tile.splits
         lines = pl.ds(first_step * self.weights.order.lines, steps * self.weights.order.lines)
         return (refs[0].at[pl.ds(first, tiles), lines],)
 

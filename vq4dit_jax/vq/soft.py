@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-import pallas_kernels
+from pallas_kernels.soft_weights import soft_weights
 from vq4dit_jax.vq.array import VQArray, from_codes
 from vq4dit_jax.vq.kmeans import nearest_codewords
 
@@ -39,10 +39,7 @@ class SoftVQArray:
 
     def decode(self) -> Float[Array, "*stack O I"]:
         """The soft weight; differentiable in codebook and logits."""
-        fn = lambda codebook, candidates, ratios: pallas_kernels.soft_decode(codebook, candidates, ratios)
-        for _ in self.codebook.shape[:-3]:
-            fn = jax.vmap(fn)
-        return fn(self.codebook, self.candidates, self.ratios())
+        return soft_weights(self.codebook, self.candidates, self.ratios())
 
     def matmul(self, x: Float[Array, "*batch I"]) -> Float[Array, "*batch O"]:
         """x @ W_hat^T of one matrix (no stack axes)."""
