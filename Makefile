@@ -9,7 +9,9 @@ PIP         := $(VENV)/bin/python -m pip
 # The pinned versions for the Python inside $(VENV).
 CONSTRAINTS  = constraints/py$(shell $(VENV)/bin/python -c 'import sys; print("%d%d" % sys.version_info[:2])').txt
 # The torch parts are tested where the constraints pin torch.
-TEST_EXTRAS  = tfgan,test$(shell grep -q '^torch==' $(CONSTRAINTS) && echo ,convert,reference)
+# AOT=1: the kernels are compiled for a Hopper GPU too, and emulated (0.4 GB of wheels, and CUDA 13's ptxas).
+TEST_EXTRAS  = tfgan,test$(shell grep -q '^torch==' $(CONSTRAINTS) && echo ,convert,reference)$(if $(AOT),$(comma)aot)
+comma       := ,
 
 .PHONY: demo test lock clean
 
@@ -17,7 +19,7 @@ demo: $(VENV)/installed-demo
 	$(VENV)/bin/python -m vq4dit_jax.main --config=configs/cifar10_w2.py --workdir=$(WORKDIR)
 	@echo "The report is $(WORKDIR)/report.html"
 
-test: $(VENV)/installed-test
+test: $(VENV)/installed-test$(AOT)
 	$(VENV)/bin/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 # The stamps: an install set is installed again only when what it is made from has changed.
@@ -25,7 +27,7 @@ $(VENV)/installed-demo: $(VENV)/bin/python setup.cfg pyproject.toml $(wildcard c
 	$(PIP) install --constraint $(CONSTRAINTS) --editable ".[tfgan]"
 	touch $@
 
-$(VENV)/installed-test: $(VENV)/bin/python setup.cfg pyproject.toml $(wildcard constraints/*.txt)
+$(VENV)/installed-test$(AOT): $(VENV)/bin/python setup.cfg pyproject.toml $(wildcard constraints/*.txt)
 	$(PIP) install --constraint $(CONSTRAINTS) --editable ".[$(TEST_EXTRAS)]"
 	touch $@ $(VENV)/installed-demo
 
@@ -34,9 +36,9 @@ $(VENV)/bin/python:
 
 # Writes the constraints of one Python anew, from what the registry has today:
 #   make lock PYTHON=python3.11
-#   make lock PYTHON=python3.12 LOCK_EXTRAS=tfgan,test
+#   make lock PYTHON=python3.12 LOCK_EXTRAS=tfgan,test,aot
 # torch is asked for by its exact version, so that where several builds of it are on offer (CUDA, CPU) the machine's choice is taken.
-LOCK_EXTRAS ?= tfgan,test,convert,reference
+LOCK_EXTRAS ?= tfgan,test,aot,convert,reference
 LOCK_PINS   ?= $(if $(findstring convert,$(LOCK_EXTRAS)),torch==2.13.0)
 lock:
 	rm -rf .venv-lock

@@ -15,6 +15,8 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_p
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+# XLA's pool of threads has as many as there are cores, and every warpgroup that Pallas' GPU interpreter simulates holds one.
+os.environ.setdefault("NPROC", "8")
 # A program is compiled once in a worker, whichever test or child process needs it first. Not shared between workers, because
 # JAX writes entries in place, and half an entry that is read is a warning.
 _COMPILED = tempfile.TemporaryDirectory(prefix="vq4dit-compiled-")

@@ -120,6 +120,28 @@ def activation_ranges(
     return {name: np.max([np.asarray(seen[name]) for seen in found], axis=0) for name in _RANGES}
 
 
+def for_sampling(model: DiT, params: Any, activations: str, cfg_scale: float) -> Any:
+    """`params` in the form that runs `activations` fastest: "float32" (as they are), "bfloat16", "int8" or "e4m3".
+
+    Packed weights stay packed. Dense ones become 8-bit integers, and take "int8" alone. Ranges are sampled with a fixed
+    key, so that a recipe makes the same images wherever it runs.
+    """
+    if activations == "float32":
+        return params
+    if activations not in ("bfloat16", "int8", "e4m3"):
+        raise InputError(f"activations={activations}: wanted float32, bfloat16, int8 or e4m3")
+    packed = any(
+        isinstance(leaf, VQArray) for leaf in jax.tree.leaves(params, is_leaf=lambda n: isinstance(n, VQArray))
+    )
+    if not packed and activations != "int8":
+        raise InputError(f"activations={activations}: weights in full precision take float32 or int8")
+    weights = None if packed else "int8"
+    if activations == "bfloat16":
+        return prepare_for_inference(params)
+    ranges = activation_ranges(model, params, key=jax.random.key(0), weights=weights, cfg_scale=cfg_scale)
+    return prepare_for_inference(params, activations, weights=weights, ranges=ranges)
+
+
 def _prepare_run(run: Any, dtype: Any, weights: str | None, ranges: Any) -> PreparedBlocks:
     make = functools.partial(_prepare_linear, dtype=dtype, weights=weights)
     fixed = {name: np.maximum(v, 1e-6) / _LIMIT[dtype] for name, v in (ranges or {}).items()}

@@ -13,7 +13,7 @@ import sys
 import jax
 from absl import logging
 
-from vq4dit_jax import generation, provenance, reporting, sources
+from vq4dit_jax import generation, inference, provenance, reporting, sources
 from vq4dit_jax.command_line import Parser, exit_code
 from vq4dit_jax.errors import InputError
 from vq4dit_jax.generation import Plan
@@ -60,6 +60,12 @@ def parser() -> Parser:
     add("--batch", type=int, default=50, help="images that a device makes at once (default: %(default)s)")
     add("--vae", default="official:sd-vae-ft-ema", metavar="PATH", help="decoder of latents: a diffusers folder or file, "
         "official:NAME, or none for a colour preview; not used by models of pixels (default: %(default)s)")  # fmt: skip
+    add(
+        "--activations",
+        default="float32",
+        help="float32: the weights as they are; bfloat16, int8 or e4m3: through the kernels of docs/kernels.md "
+        "(W2A16, W2A8; of a full-precision checkpoint int8 alone, W8A8) (default: %(default)s)",
+    )
     add("--variant", help="of a full-precision checkpoint, such as DiT-XL/2; by default from its shapes")
     add("--num-heads", type=int, help="of a full-precision checkpoint whose heads cannot be told")
     add("--grid-images", type=int, default=64, help="images in grid.png (default: %(default)s)")
@@ -95,6 +101,7 @@ def _main(flags: argparse.Namespace) -> None:
         "labels": plan.labels,
         "seed": flags.seed,
         "batch": plan.batch,
+        "activations": flags.activations,
         "model_sha256": provenance.digest(params),
         "decoder": decoder,
         "rounding": "uint8, 127.5 x + 128, clipped, cut off",
@@ -106,6 +113,7 @@ def _main(flags: argparse.Namespace) -> None:
             print(f"{target} is finished; another --out makes new samples.")
             return
         key = jax.random.key(flags.seed)
+        params = inference.for_sampling(model, params, flags.activations, plan.cfg_scale)
         generation.generate(plan, model, params, key, target, decode)
         if jax.process_index() == 0:
             images = generation.read_head(target, flags.grid_images)
