@@ -108,8 +108,6 @@ def product(
     if group_rows % 64:
         return Choice("xla", f"{group_rows} rows share a codebook: a kernel's tile has 64")
     itemsize = jnp.dtype(weights.dtype).itemsize
-    if weights.columns * itemsize % 128:
-        return Choice("xla", f"I={weights.columns}: a kernel's step takes {128 // itemsize} columns")
     tile = tiles.choose(
         tokens,
         weights.rows,

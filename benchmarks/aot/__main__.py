@@ -8,7 +8,6 @@ the main loop and the limit for it; launches of the program, and of one iteratio
 
 import argparse
 import dataclasses
-import json
 import logging
 import os
 import sys
@@ -16,7 +15,9 @@ from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-from benchmarks.aot import compiler
+from benchmarks import record
+from benchmarks.aot import compiler, sass
+from vq4dit_jax import files, provenance
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,8 +96,14 @@ def main(arguments: list[str]) -> int:
             f"{'-' if row.main_loop_limit is None else row.main_loop_limit:>5} {row.launches:8} {row.launches_per_iteration:6}"
         )
     if flags.json:
-        with open(flags.json, "w") as file:
-            json.dump([dataclasses.asdict(row) for row in rows], file, indent=1)
+        figures = {
+            "command": "python -m benchmarks.aot",
+            "commit": record.commit(),
+            "target": "NVIDIA H200 (sm_90a), compiled with no GPU",
+            "versions": provenance.versions() | {"ptxas": sass.version("ptxas")},
+            "rows": [dataclasses.asdict(row) for row in rows],
+        }
+        files.write_json(flags.json, figures)
     for row in rows:
         for what in row.broken:
             print(f"{row.case}: {what}", file=sys.stderr)

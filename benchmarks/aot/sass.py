@@ -71,6 +71,13 @@ def tool(name: str) -> str | None:
     return shutil.which(name, path=os.pathsep.join(folders))
 
 
+def version(name: str) -> str | None:
+    """What the program says of its release, such as "V13.0.88"; None where it is not there."""
+    path = tool(name)
+    found = re.search(r"\bV[\d.]+", _run([path, "--version"])) if path else None
+    return found[0] if found else None
+
+
 def assemble(ptx: str) -> dict[str, Assembly]:
     """ptxas and nvdisasm on a module. Its kernels by name; RuntimeError with ptxas's words where it refuses."""
     with tempfile.TemporaryDirectory(prefix="vq4dit-sass-") as folder:

@@ -56,7 +56,7 @@ def attention(
     scale = math.log2(math.e) / math.sqrt(head)
     operands = {"qkv": qkv} if out_scale is None else {"qkv": qkv, "layer": layer, "out_scale": out_scale}
 
-    def kernel(*refs: Any) -> None:
+    def attention_kernel(*refs: Any) -> None:
         ref = dict(zip([*operands, "out", "queries", "ready"], refs, strict=True))
         image, block, number = lax.axis_index("image"), lax.axis_index("block"), lax.axis_index("head")
         warpgroup = lax.axis_index("warpgroup")
@@ -117,7 +117,7 @@ def attention(
         pipeline(k, v)
 
     return plgpu.kernel(
-        kernel,
+        attention_kernel,
         out_type=jax.ShapeDtypeStruct((rows, width), dtype),
         grid=(num_heads, tokens // (_QUERIES * warpgroups), rows // tokens),
         grid_names=("head", "block", "image"),

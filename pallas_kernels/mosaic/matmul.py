@@ -96,162 +96,199 @@ def product(
     return _launch(x, _source(weights), epilogue, layer, tile, interpret)[:tokens]
 
 
-def _launch(x: Any, source: Source, e: Epilogue, layer: Any, tile: Tile, interpret: bool) -> jax.Array:
-    tokens, columns = x.shape
-    rows, step = source.weights.rows, 128 // x.dtype.itemsize
-    steps = columns // (step * tile.splits)
-    blocks = -(-tokens // tile.tokens)
-    parts = tile.splits > 1
-    if e.modulation is not None and e.tokens % tile.tokens:
-        raise ValueError(f"{tile}: a block's tokens must lie in one image of {e.tokens}")
-    acc_type = jnp.int32 if x.dtype == jnp.int8 else jnp.float32
+@dataclasses.dataclass(frozen=True)
+class _Block:
+    """A consumer warpgroup of one block inside the kernel: its part of Y, and what it reads and writes.
 
-    operands = {f"weights{i}": a for i, a in enumerate(source.operands())}
-    streams = list(operands)[: len(source.streams(tile))]
-    operands |= {"x": x, "layer": layer}
-    if e.bias is not None:
-        operands["bias"] = e.bias.reshape(-1)
-    if e.row_scale is not None:
-        operands["row_scale"] = e.row_scale.reshape(-1)
+    `refs` are the operands, `out` and the scratch by name. `u` counts the warpgroup's own tiles of 64 rows.
+    """
+
+    refs: dict[str, Any]
+    source: Source
+    e: Epilogue
+    tile: Tile
+    interpret: bool
+    layer: Any
+    number: Any
+    first_token: Any
+    part: Any
+    warpgroup: Any
+
+    @property
+    def tokens(self) -> Any:
+        return pl.ds(self.first_token, self.tile.tokens)
+
+    def row_tile(self, u: int) -> Any:
+        return self.warpgroup * self.tile.row_tiles + u
+
+    def first_row(self, u: int) -> Any:
+        return self.number * self.tile.rows + self.row_tile(u) * ROWS
+
+    def result(self, u: int) -> Any:
+        return self.refs["result"].at[self.row_tile(u)]
+
+    def fetch(self) -> None:
+        """Asks for the codebook, and for the residual into the place of the result."""
+        if "table" in self.refs:
+
+            @pl.when(self.warpgroup == 0)
+            def _() -> None:
+                weights = [ref for name, ref in self.refs.items() if name.startswith("weights")]
+                table = self.source.table_slice(weights, self.layer, self.number, self.tile)
+                plgpu.copy_gmem_to_smem(table, self.refs["table"], self.refs["table_ready"])
+
+        if self.e.residual is not None:
+            for u in range(self.tile.row_tiles):
+                residual = self.refs["residual"].at[self.tokens, pl.ds(self.first_row(u), ROWS)]
+                plgpu.copy_gmem_to_smem(residual, self.result(u), self.refs["residual_ready"].at[self.warpgroup])
+
+    def row_vectors(self, u: int) -> dict[str, jax.Array]:
+        """Row scales, bias and gates (64,) float32."""
+        first, e = self.first_row(u), self.e
+        at = {
+            name: self.layer * self.source.weights.rows + first for name in ("row_scale", "bias") if name in self.refs
+        }
+        slices = {name: self.refs[name].at[pl.ds(start, ROWS)] for name, start in at.items()}
+        if e.modulation is not None:
+            start = self.layer * e.gate_stride + e.gate_offset + first
+            slices["gate"] = self.refs["modulation"].at[self.first_token // e.tokens, pl.ds(start, ROWS)]
+        return {name: compat.load(s, _BY_ROW, self.interpret).astype(jnp.float32) for name, s in slices.items()}
+
+    def finish(self, acc: jax.Array, u: int, vectors: dict[str, jax.Array]) -> None:
+        """The epilogue of a tile of Y^T (64, tokens), into shared memory."""
+        e, shape = self.e, acc.shape
+        by_row = lambda v: lax.broadcast_in_dim(v, shape, (0,))
+        y = acc.astype(jnp.float32)
+        if e.row_scale is not None:
+            y = y * by_row(vectors["row_scale"])
+        if e.token_scale is not None:
+            scale = compat.load(self.refs["token_scale"].at[self.tokens], _BY_TOKEN, self.interpret)
+            y = y * lax.broadcast_in_dim(scale, shape, (1,))
+        if e.bias is not None:
+            y = y + by_row(vectors["bias"])
+        if e.gelu:
+            y = jax.nn.gelu(y, approximate=True)
+        if e.modulation is not None:
+            y = y * by_row(vectors["gate"])
+        if e.out_scale is not None:
+            store.store_bytes(y * (1 / self.refs["out_scale"][self.layer]), self.result(u), e.dtype, self.interpret)
+        elif self.tile.splits > 1:
+            self.result(u)[...] = y
+        else:
+            store.store_transposed(y.astype(e.dtype), self.result(u), self.interpret, e.residual is not None)
+
+    def write(self) -> None:
+        """What `finish` left in shared memory, to global memory."""
+        plgpu.commit_smem()
+        for u in range(self.tile.row_tiles):
+            rows = pl.ds(self.first_row(u), ROWS)
+            out = self.refs["out"]
+            target = out.at[self.part, rows, self.tokens] if self.tile.splits > 1 else out.at[self.tokens, rows]
+            plgpu.copy_smem_to_gmem(self.result(u), target)
+        plgpu.wait_smem_to_gmem(0)
+
+    def compute(self, run_pipeline: Any) -> None:
+        """All that a consumer does; `run_pipeline` takes it through the main loop, from accumulators to accumulators."""
+        own = range(self.tile.row_tiles)
+        self.fetch()
+        # Asked for before the main loop, so that nobody waits for them after it.
+        vectors = [self.row_vectors(u) for u in own]
+        if "table" in self.refs:
+            plgpu.barrier_wait(self.refs["table_ready"])
+
+        def end(accs: Sequence[jax.Array]) -> None:
+            if self.e.residual is not None:
+                plgpu.barrier_wait(self.refs["residual_ready"].at[self.warpgroup])
+            for u in own:
+                self.finish(accs[u], u, vectors[u])
+            self.write()
+
+        shape = (ROWS, self.tile.tokens)
+        acc_type = jnp.int32 if self.source.weights.dtype == jnp.int8 else jnp.float32
+        if self.interpret or self.source.promotes:
+            zeros = jnp.zeros(shape, jnp.float32 if self.source.promotes else acc_type)
+            zeros = zeros if self.interpret else plgpu.layout_cast(zeros, plgpu.Layout.WGMMA)
+            end(run_pipeline((zeros,) * self.tile.row_tiles))
+            return
+
+        @functools.partial(pl.run_scoped, accs=tuple(plgpu.ACC(shape, acc_type) for _ in own))
+        def _(accs: Any) -> None:
+            run_pipeline(accs)
+            end([acc[...] for acc in accs])
+
+    def step(self, _: Any, x: Any, *streamed_and_accs: Any) -> Any:
+        """The main loop's body: one stage of X and of the packed weights."""
+        *streamed, accs = streamed_and_accs
+        table, multiply = self.refs.get("table"), self.source.multiply
+        accs = tuple(multiply(acc, x, streamed, self.row_tile(u), table, self.interpret) for u, acc in enumerate(accs))
+        if not self.interpret and not self.source.promotes:
+            # Zero, not one behind: the operands lie in registers, which the next step writes.
+            plgpu.wgmma_wait(0)
+        return accs
+
+
+def _operands(x: Any, source: Source, e: Epilogue, layer: Any, padded_tokens: int) -> dict[str, jax.Array]:
+    """The kernel's operands by name, those of the weights first."""
+    out = {f"weights{i}": a for i, a in enumerate(source.operands())} | {"x": x, "layer": layer}
+    out |= {name: getattr(e, name).reshape(-1) for name in ("bias", "row_scale") if getattr(e, name) is not None}
     if e.token_scale is not None:
         # Vectors are read without the copy engine, which alone knows where they end.
-        padding = blocks * tile.tokens - e.token_scale.shape[0]
-        operands["token_scale"] = jnp.pad(e.token_scale, (0, max(0, padding)))
-    for name in ("modulation", "residual", "out_scale"):
-        if getattr(e, name) is not None:
-            operands[name] = getattr(e, name)
+        missing = max(0, padded_tokens - e.token_scale.shape[0])
+        out["token_scale"] = jnp.pad(e.token_scale, (0, missing)) if missing else e.token_scale
+    others = ("modulation", "residual", "out_scale")
+    return out | {name: getattr(e, name) for name in others if getattr(e, name) is not None}
 
-    tiles = tile.warpgroups * tile.row_tiles
+
+def _scratch(source: Source, e: Epilogue, tile: Tile) -> dict[str, Any]:
+    """Shared memory and barriers of a block, by name."""
     # Partial sums are written as they lie, rows of W first; a result is turned around on its way.
-    tile_shape = (ROWS, tile.tokens) if parts else (tile.tokens, ROWS)
-    small = jnp.dtype(e.dtype).itemsize == 1
-    swizzle = () if small else store.transforms(e.dtype)
-    scratch = {"result": plgpu.SMEM((tiles, *tile_shape), e.dtype, transforms=swizzle)}
+    shape = (ROWS, tile.tokens) if tile.splits > 1 else (tile.tokens, ROWS)
+    swizzle = () if jnp.dtype(e.dtype).itemsize == 1 else store.transforms(e.dtype)
+    out = {"result": plgpu.SMEM((tile.warpgroups * tile.row_tiles, *shape), e.dtype, transforms=swizzle)}
     if source.table() is not None:
-        scratch |= {"table": source.table(), "table_ready": plgpu.Barrier(num_arrivals=1)}
+        out |= {"table": source.table(), "table_ready": plgpu.Barrier(num_arrivals=1)}
     if e.residual is not None:
-        scratch["residual_ready"] = plgpu.Barrier(num_arrivals=tile.row_tiles, num_barriers=tile.warpgroups)
+        out["residual_ready"] = plgpu.Barrier(num_arrivals=tile.row_tiles, num_barriers=tile.warpgroups)
+    return out
 
-    def kernel(*refs: Any) -> None:
-        ref = dict(zip([*operands, "out", *scratch], refs, strict=True))
-        block, token_block = lax.axis_index("rows"), lax.axis_index("tokens")
-        part, warpgroup = lax.axis_index("parts"), lax.axis_index("warpgroup")
-        where = ref["layer"][0]
+
+def _launch(x: Any, source: Source, e: Epilogue, layer: Any, tile: Tile, interpret: bool) -> jax.Array:
+    """Y (M, O), or with tile.splits > 1 partial sums of Y^T (splits, O, M filled up to whole blocks) in float32."""
+    tokens, columns = x.shape
+    rows, step = source.weights.rows, 128 // x.dtype.itemsize
+    steps, blocks = columns // (step * tile.splits), -(-tokens // tile.tokens)
+    if e.modulation is not None and e.tokens % tile.tokens:
+        raise ValueError(f"{tile}: a block's tokens must lie in one image of {e.tokens}")
+    operands, scratch = _operands(x, source, e, layer, blocks * tile.tokens), _scratch(source, e, tile)
+    x_stage = plgpu.BlockSpec(
+        (tile.tokens, step), lambda k: (0, k), transforms=store.transforms(x.dtype), memory_space=plgpu.SMEM
+    )
+    weight_stages = source.streams(tile)
+
+    def product_kernel(*refs: Any) -> None:
+        by_name = dict(zip([*operands, "out", *scratch], refs, strict=True))
+        number, token_block, part = (lax.axis_index(name) for name in ("rows", "tokens", "parts"))
+        where, warpgroup = by_name["layer"][0], lax.axis_index("warpgroup")
         first_token = token_block * tile.tokens
-        own = [block * tile.rows + (warpgroup * tile.row_tiles + u) * ROWS for u in range(tile.row_tiles)]
-        result = [ref["result"].at[warpgroup * tile.row_tiles + u] for u in range(tile.row_tiles)]
-
-        def vector(name: str, u: int) -> jax.Array:
-            return compat.load(ref[name].at[pl.ds(where * rows + own[u], ROWS)], _BY_ROW, interpret).astype(jnp.float32)
-
-        def gate(u: int) -> jax.Array:
-            start = where * e.gate_stride + e.gate_offset + own[u]
-            at = ref["modulation"].at[first_token // e.tokens, pl.ds(start, ROWS)]
-            return compat.load(at, _BY_ROW, interpret).astype(jnp.float32)
-
-        by_row = lambda v: lax.broadcast_in_dim(v, (ROWS, tile.tokens), (0,))
-
-        def finish(acc: jax.Array, u: int, before: dict[str, list[jax.Array]]) -> None:
-            y = acc.astype(jnp.float32)
-            if e.row_scale is not None:
-                y = y * by_row(before["row_scale"][u])
-            if e.token_scale is not None:
-                scale = compat.load(ref["token_scale"].at[pl.ds(first_token, tile.tokens)], _BY_TOKEN, interpret)
-                y = y * lax.broadcast_in_dim(scale, (ROWS, tile.tokens), (1,))
-            if e.bias is not None:
-                y = y + by_row(before["bias"][u])
-            if e.gelu:
-                y = jax.nn.gelu(y, approximate=True)
-            if e.modulation is not None:
-                y = y * by_row(before["gate"][u])
-            if e.out_scale is not None:
-                store.store_bytes(y * (1 / ref["out_scale"][where]), result[u], e.dtype, interpret)
-            elif parts:
-                result[u][...] = y
-            else:
-                store.store_transposed(y.astype(e.dtype), result[u], interpret, e.residual is not None)
-
-        def target(u: int) -> Any:
-            at_rows, at_tokens = pl.ds(own[u], ROWS), pl.ds(first_token, tile.tokens)
-            return ref["out"].at[part, at_rows, at_tokens] if parts else ref["out"].at[at_tokens, at_rows]
-
-        def compute(run_pipeline: Any) -> None:
-            if "table" in scratch:
-
-                @pl.when(warpgroup == 0)
-                def _() -> None:
-                    names = [ref[name] for name in operands if name.startswith("weights")]
-                    own_table = source.table_slice(names, where, block, tile)
-                    plgpu.copy_gmem_to_smem(own_table, ref["table"], ref["table_ready"])
-
-            if e.residual is not None:
-                for u in range(tile.row_tiles):
-                    before_sum = ref["residual"].at[pl.ds(first_token, tile.tokens), pl.ds(own[u], ROWS)]
-                    plgpu.copy_gmem_to_smem(before_sum, result[u], ref["residual_ready"].at[warpgroup])
-            # Asked for before the main loop, so that nobody waits for them after it.
-            before = {
-                name: [vector(name, u) for u in range(tile.row_tiles)] for name in ("row_scale", "bias") if name in ref
-            }
-            if e.modulation is not None:
-                before["gate"] = [gate(u) for u in range(tile.row_tiles)]
-            if "table" in scratch:
-                plgpu.barrier_wait(ref["table_ready"])
-
-            def end(accs: Sequence[jax.Array]) -> None:
-                if e.residual is not None:
-                    plgpu.barrier_wait(ref["residual_ready"].at[warpgroup])
-                for u, acc in enumerate(accs):
-                    finish(acc, u, before)
-                plgpu.commit_smem()
-                for u in range(tile.row_tiles):
-                    plgpu.copy_smem_to_gmem(result[u], target(u))
-                plgpu.wait_smem_to_gmem(0)
-
-            shape = (ROWS, tile.tokens)
-            if interpret or source.promotes:
-                zeros = jnp.zeros(shape, jnp.float32 if source.promotes else acc_type)
-                zeros = zeros if interpret else plgpu.layout_cast(zeros, plgpu.Layout.WGMMA)
-                end(run_pipeline((zeros,) * tile.row_tiles))
-                return
-
-            @functools.partial(pl.run_scoped, accs=tuple(plgpu.ACC(shape, acc_type) for _ in range(tile.row_tiles)))
-            def _(accs: Any) -> None:
-                run_pipeline(accs)
-                end([acc[...] for acc in accs])
-
-        def body(_: Any, x_tile: Any, *streamed_and_accs: Any) -> Any:
-            *streamed, accs = streamed_and_accs
-            accs = tuple(
-                source.multiply(acc, x_tile, streamed, warpgroup * tile.row_tiles + u, ref.get("table"), interpret)
-                for u, acc in enumerate(accs)
-            )
-            if not interpret and not source.promotes:
-                # Zero, not one behind: the operands lie in registers, which the next step writes.
-                plgpu.wgmma_wait(0)
-            return accs
-
+        block = _Block(by_name, source, e, tile, interpret, where, number, first_token, part, warpgroup)
         pipeline = plgpu.emit_pipeline_warp_specialized(
-            body,
+            block.step,
             grid=(steps,),
             memory_registers=_MEMORY_REGISTERS,
-            in_specs=[
-                plgpu.BlockSpec(
-                    (tile.tokens, step), lambda k: (0, k), transforms=store.transforms(x.dtype), memory_space=plgpu.SMEM
-                ),
-                *source.streams(tile),
-            ],
+            in_specs=[x_stage, *weight_stages],
             wg_axis="warpgroup",
             num_compute_wgs=tile.warpgroups,
             max_concurrent_steps=min(tile.stages, steps),
-            compute_context=compute,
+            compute_context=block.compute,
         )
-        x_rows = ref["x"].at[pl.ds(first_token, tile.tokens), pl.ds(part * steps * step, steps * step)]
-        pipeline(x_rows, *source.at_rows([ref[name] for name in streams], where, block, part * steps, tile))
+        streamed = [by_name[f"weights{i}"] for i in range(len(weight_stages))]
+        own_x = by_name["x"].at[block.tokens, pl.ds(part * steps * step, steps * step)]
+        pipeline(own_x, *source.at_rows(streamed, where, number, part * steps, tile))
 
-    out_shape = (tile.splits, rows, blocks * tile.tokens) if parts else (tokens, rows)
+    shape = (tile.splits, rows, blocks * tile.tokens) if tile.splits > 1 else (tokens, rows)
     return plgpu.kernel(
-        kernel,
-        out_type=jax.ShapeDtypeStruct(out_shape, e.dtype),
+        product_kernel,
+        out_type=jax.ShapeDtypeStruct(shape, e.dtype),
         grid=(rows // tile.rows, blocks, tile.splits),
         grid_names=("rows", "tokens", "parts"),
         num_threads=tile.warpgroups + 1,
