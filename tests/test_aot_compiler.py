@@ -185,7 +185,7 @@ def test_the_report_fails_where_a_limit_is_broken(monkeypatch, tmp_path, capsys)
     monkeypatch.setitem(sys.modules, "benchmarks.aot.cases", cases)
     cases.cases = lambda: found
     assert report.main(["--only", "good", "--json", str(tmp_path / "out.json")]) == 0
-    (row,) = json.loads((tmp_path / "out.json").read_text())
+    (row,) = json.loads((tmp_path / "out.json").read_text())["rows"]
     assert (row["case"], row["mma"], row["registers"], row["launches"], row["broken"]) == ("good", "HGMMA", 168, 1, [])
     assert report.main(["--only", "bad"]) == 1
     printed = capsys.readouterr()

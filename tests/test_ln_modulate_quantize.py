@@ -22,20 +22,21 @@ needs_compiler = pytest.mark.skipif(compiler.unavailable() is not None, reason=s
 
 
 def case(seed, images, tokens, width, layers=2, padding=1):
-    """x, modulation of all layers with more rows than images, and the columns of the last layer's shift and scale of its MLP."""
+    """x, modulation of all layers with more rows than images, the last layer's number, and where its MLP's vectors stand."""
     rng = np.random.default_rng(seed)
     x = (rng.normal(size=(images * tokens, width)) * rng.uniform(0.1, 30) + rng.normal()).astype(ml_dtypes.bfloat16)
     modulation = (0.5 * rng.normal(size=(images + padding, layers * 6 * width))).astype(ml_dtypes.bfloat16)
-    first = (layers - 1) * 6 * width
-    return x, modulation, np.array([first + 3 * width, first + 4 * width], np.int32)
+    where = dict(stride=6 * width, offsets=(3 * width, 4 * width))
+    return x, modulation, np.array([layers - 1], np.int32), where
 
 
-def exact(x, modulation, columns, tokens, eps=1e-6):
+def exact(x, modulation, layer, tokens, stride, offsets, eps=1e-6):
     """v in float64."""
     wide = x.astype(np.float64)
     normed = (wide - wide.mean(1, keepdims=True)) / np.sqrt(wide.var(1, keepdims=True) + eps)
     image = np.arange(len(x)) // tokens
-    shift, scale = (modulation[image, c : c + x.shape[1]].astype(np.float64) for c in columns)
+    firsts = (layer[0] * stride + offset for offset in offsets)
+    shift, scale = (modulation[image, first : first + x.shape[1]].astype(np.float64) for first in firsts)
     return normed * (1 + scale) + shift
 
 
@@ -67,28 +68,29 @@ def check(out, v, dtype):
     st.sampled_from([INT8, E4M3, BF16]),
 )
 def test_the_reference_is_within_rounding_of_float64(seed, images, tokens, width, dtype):
-    x, modulation, columns = case(seed, images, tokens, width)
+    *arrays, where = case(seed, images, tokens, width)
     check(
-        run(reference_norm.ln_modulate_quantize, (x, modulation, columns), tokens=tokens, dtype=dtype),
-        exact(x, modulation, columns, tokens),
+        run(reference_norm.ln_modulate_quantize, arrays, tokens=tokens, dtype=dtype, **where),
+        exact(*arrays, tokens, **where),
         dtype,
     )
 
 
 def test_without_quantization_it_is_what_a_block_computes():
-    x, modulation, columns = case(1, 3, 16, 64)
-    ours = run(reference_norm.ln_modulate_quantize, (x, modulation, columns), tokens=16, dtype=BF16)
-    shift, scale = (jnp.asarray(modulation[:3, c : c + 64], jnp.float32) for c in columns)
+    x, modulation, layer, where = case(1, 3, 16, 64)
+    ours = run(reference_norm.ln_modulate_quantize, (x, modulation, layer), tokens=16, dtype=BF16, **where)
+    own = modulation[:3].reshape(3, 2, 6, 64)[:, layer[0]].astype(np.float32)
+    shift, scale = jnp.asarray(own[:, 3]), jnp.asarray(own[:, 4])
     blocks = dit.modulate(dit.layer_norm(jnp.asarray(x, jnp.float32).reshape(3, 16, 64), 1e-6), shift, scale)
     np.testing.assert_array_equal(ours, blocks.reshape(48, 64).astype(BF16))
 
 
 @pytest.mark.parametrize("power", [-12, 5])
 def test_layer_norm_forgets_the_scale_of_its_input(power):
-    x, modulation, columns = case(2, 2, 8, 128)
-    quantize = functools.partial(reference_norm.ln_modulate_quantize, tokens=8, dtype=INT8, eps=0.0)
-    q, token_scale = quantize(x, modulation, columns)
-    q_scaled, token_scale_scaled = quantize(np.ldexp(x, power).astype(x.dtype), modulation, columns)
+    x, modulation, layer, where = case(2, 2, 8, 128)
+    quantize = functools.partial(reference_norm.ln_modulate_quantize, tokens=8, dtype=INT8, eps=0.0, **where)
+    q, token_scale = quantize(x, modulation, layer)
+    q_scaled, token_scale_scaled = quantize(np.ldexp(x, power).astype(x.dtype), modulation, layer)
     np.testing.assert_array_equal(q, q_scaled)
     np.testing.assert_array_equal(token_scale, token_scale_scaled)
 
@@ -96,11 +98,14 @@ def test_layer_norm_forgets_the_scale_of_its_input(power):
 def test_a_token_of_equal_numbers_gives_the_shift_and_a_token_of_zeros_gives_zeros():
     x = np.full((4, 64), 3, ml_dtypes.bfloat16)
     modulation = np.zeros((1, 6 * 64), ml_dtypes.bfloat16)
-    columns = np.array([0, 64], np.int32)
-    q, token_scale = reference_norm.ln_modulate_quantize(x, modulation, columns, tokens=4, dtype=INT8)
+    quantize = functools.partial(
+        reference_norm.ln_modulate_quantize, tokens=4, dtype=INT8, stride=6 * 64, offsets=(0, 64)
+    )
+    layer = np.zeros(1, np.int32)
+    q, token_scale = quantize(x, modulation, layer)
     assert not np.asarray(q).any() and (np.asarray(token_scale) == np.float32(1e-8)).all()
     modulation[:, :64] = 0.5
-    q, token_scale = reference_norm.ln_modulate_quantize(x, modulation, columns, tokens=4, dtype=INT8)
+    q, token_scale = quantize(x, modulation, layer)
     np.testing.assert_allclose(np.asarray(q) * np.asarray(token_scale)[:, None], 0.5, rtol=1e-6)
 
 
@@ -111,34 +116,30 @@ def test_a_token_of_equal_numbers_gives_the_shift_and_a_token_of_zeros_gives_zer
     ids=["int8", "e4m3-overlap", "bf16-overlap", "int8-wide"],
 )
 def test_the_kernel_interpreted_is_within_rounding_of_float64(dtype, images, tokens, width):
-    x, modulation, columns = case(3, images, tokens, width)
-    out = run(
-        mosaic.ln_modulate_quantize,
-        (x, modulation, columns),
-        tokens=tokens,
-        dtype=dtype,
-        interpret=compat.interpret_params(),
-    )
-    check(out, exact(x, modulation, columns, tokens), dtype)
+    *arrays, where = case(3, images, tokens, width)
+    interpret = compat.interpret_params()
+    out = run(mosaic.ln_modulate_quantize, arrays, tokens=tokens, dtype=dtype, interpret=interpret, **where)
+    check(out, exact(*arrays, tokens, **where), dtype)
 
 
-def test_the_columns_are_read_when_the_kernel_runs():
-    x, modulation, columns = case(4, 1, 4, 64)
+def test_the_layer_is_read_when_the_kernel_runs():
+    x, modulation, layer, where = case(4, 1, 4, 64)
+    interpret = compat.interpret_params()
     quantize = jax.jit(
-        functools.partial(mosaic.ln_modulate_quantize, tokens=4, dtype=INT8, interpret=compat.interpret_params())
+        functools.partial(mosaic.ln_modulate_quantize, tokens=4, dtype=INT8, interpret=interpret, **where)
     )
-    for here in (columns, columns - 6 * 64):
-        check(quantize(x, modulation, here), exact(x, modulation, here, 4), INT8)
+    for here in (layer, layer - 1):
+        check(quantize(x, modulation, here), exact(x, modulation, here, 4, **where), INT8)
     assert quantize._cache_size() == 1
 
 
 def test_shapes_and_dtypes_that_the_kernel_does_not_take_are_refused():
-    x, modulation, columns = case(5, 2, 4, 64)
+    x, modulation, layer, where = case(5, 2, 4, 64)
     with pytest.raises(ValueError, match="dtype=int32: wanted int8, float8_e4m3fn"):
-        reference_norm.ln_modulate_quantize(x, modulation, columns, tokens=4, dtype=jnp.int32)
+        reference_norm.ln_modulate_quantize(x, modulation, layer, tokens=4, dtype=jnp.int32, **where)
     for tokens, width in ((3, 64), (2, 64), (4, 48)):
         with pytest.raises(ValueError, match="wanted D a multiple of 64, at least 4 tokens and whole images"):
-            mosaic.ln_modulate_quantize(x[:, :width], modulation, columns, tokens=tokens, dtype=INT8)
+            mosaic.ln_modulate_quantize(x[:, :width], modulation, layer, tokens=tokens, dtype=INT8, **where)
 
 
 # Vectors of 2, 4 and 8 numbers; D = 1152 is DiT-XL's.
@@ -147,20 +148,20 @@ def test_shapes_and_dtypes_that_the_kernel_does_not_take_are_refused():
     "dtype, images, tokens, width", [(INT8, 2, 10, 256), (E4M3, 2, 8, 64), (BF16, 1, 5, 1152), (INT8, 1, 4, 1152)]
 )
 def test_the_compiled_kernel_emulated_is_within_rounding_of_float64(dtype, images, tokens, width):
-    x, modulation, columns = case(6, images, tokens, width)
+    *arrays, where = case(6, images, tokens, width)
     results = [jax.ShapeDtypeStruct((images * tokens, width), dtype)]
     if dtype != BF16:
         results.append(jax.ShapeDtypeStruct((images * tokens,), jnp.float32))
-    kernel = functools.partial(mosaic.ln_modulate_quantize, tokens=tokens, dtype=dtype)
-    out = emulate(kernel, [x, modulation, columns], results)
-    check(out[0] if dtype == BF16 else out, exact(x, modulation, columns, tokens), dtype)
+    kernel = functools.partial(mosaic.ln_modulate_quantize, tokens=tokens, dtype=dtype, **where)
+    out = emulate(kernel, arrays, results)
+    check(out[0] if dtype == BF16 else out, exact(*arrays, tokens, **where), dtype)
 
 
 @needs_compiler
 @pytest.mark.parametrize("dtype", [INT8, E4M3, BF16])
 def test_compiled_for_dit_xl_it_is_one_launch_without_spills_and_barriers(dtype):
-    shapes = ((4096, 1152), jnp.bfloat16), ((16, 28 * 6 * 1152), jnp.bfloat16), ((2,), jnp.int32)
-    kernel = functools.partial(mosaic.ln_modulate_quantize, tokens=256, dtype=dtype)
+    shapes = ((4096, 1152), jnp.bfloat16), ((16, 28 * 6 * 1152), jnp.bfloat16), ((1,), jnp.int32)
+    kernel = functools.partial(mosaic.ln_modulate_quantize, tokens=256, dtype=dtype, stride=6 * 1152, offsets=(0, 1152))
     compiled = compiler.compile(kernel, *(jax.ShapeDtypeStruct(*shape) for shape in shapes))
     assert len(compiled.launches()) == 1
     (found,) = (kernel.assembly for kernel in compiled.mosaic_kernels)

@@ -1,0 +1,238 @@
+"""A DiT that runs from packed weights against the same network from its parameters, and what preparing refuses."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from models import inputs, tiny
+
+import vq4dit_jax as vq
+from benchmarks.aot import cases
+from pallas_kernels import ops
+from pallas_kernels.weights import PreparedLinear
+from vq4dit_jax.errors import InputError
+from vq4dit_jax.inference import activation_ranges, prepare_for_inference
+from vq4dit_jax.models import DiT, variant
+from vq4dit_jax.models.dit import DiTBlock
+from vq4dit_jax.models.prepared import PreparedBlocks
+from vq4dit_jax.quantization import KEEP, VQSpec, dit_rules, random_params
+from vq4dit_jax.vq import VQArray
+
+DEPTH, WIDTH, TOKENS, BATCH = 2, 128, 16, 4
+MODEL = DiT(input_size=8, patch_size=2, hidden_size=WIDTH, depth=DEPTH, num_heads=2, num_classes=5, in_channels=3)
+X, T, Y = inputs(MODEL, BATCH)
+
+
+@functools.cache
+def dense():
+    """Weights with which rounding errors neither vanish nor grow from block to block."""
+    shapes = jax.eval_shape(lambda: MODEL.init(jax.random.key(0), X, T, Y)["params"])
+    return random_params(shapes, jax.random.key(1), 0.06)
+
+
+@functools.cache
+def packed(bits=2):
+    return vq.quantize(dense(), bits, key=jax.random.key(2), max_iterations=3)
+
+
+@functools.cache
+def prepared(activations=None, weights=None, fixed=False, bits=2):
+    """With `fixed`, scales of a model without fixed ones on the very inputs that the tests use."""
+    ranges = ranges_of(weights and "int8", 2 if weights else bits) if fixed else None
+    return prepare_for_inference(dense() if weights else packed(bits), activations, weights=weights, ranges=ranges)
+
+
+@functools.cache
+def ranges_of(weights, bits):
+    return program(method="ranges")({"params": prepared(weights, weights, bits=bits)}, X, T, Y)
+
+
+@functools.cache
+def program(**options):
+    return jax.jit(functools.partial(MODEL.apply, **options))
+
+
+def run(params, **options):
+    return program(**options)({"params": params}, X, T, Y)
+
+
+def gelu(x):
+    return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+
+def difference(got, wanted):
+    """Relative, in the 2-norm."""
+    got, wanted = (np.asarray(a, np.float64) for a in (got, wanted))
+    return np.linalg.norm(got - wanted) / np.linalg.norm(wanted)
+
+
+@pytest.mark.parametrize(
+    "activations, bits, fixed, tolerance",
+    [
+        (None, 2, False, 1e-2),
+        (None, 3, False, 1e-2),
+        ("int8", 2, False, 2e-2),
+        ("int8", 3, True, 2e-2),
+        ("e4m3", 3, False, 4e-2),
+        ("e4m3", 2, True, 4e-2),
+    ],
+)
+def test_a_prepared_model_is_the_packed_one_up_to_its_roundings(activations, bits, fixed, tolerance):
+    assert difference(run(prepared(activations, fixed=fixed, bits=bits)), run(packed(bits))) < tolerance
+
+
+@pytest.mark.parametrize(
+    "weights, fixed, tolerance",
+    [("int8", False, 2e-2), ("int8", True, 2e-2), ("int4", False, 0.2), ("int4", True, 0.2)],
+)
+def test_integer_weights_are_the_dense_model_up_to_their_roundings(weights, fixed, tolerance):
+    assert difference(run(prepared("int8", weights, fixed)), run(dense())) < tolerance
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_integer_products_are_those_of_values_rounded_in_float64(weights):
+    """W8A8 and W4A8 as the papers define them: symmetric, a scale for a row (and 128 inputs), a scale for a token."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((6, 128)).astype(ml_dtypes.bfloat16)
+    leaf = dense()["blocks"]["mlp"]["fc1"]
+    fake = lambda a, limit: np.rint(a / (s := np.abs(a).max(-1, keepdims=True) / limit)) * s
+    w = np.asarray(leaf["kernel"], np.float64)[1].T
+    wanted = fake(x.astype(np.float64), 127) @ fake(w, 127 if weights == "int8" else 7).T
+    wanted += np.asarray(leaf["bias"], np.float64)[1]
+    wanted = gelu(wanted)
+    operand, scale = ops.quantize_tokens(jnp.asarray(x), jnp.int8)
+    fc1 = prepared("int8", weights)["blocks"].fc1
+    got = ops.linear(operand, fc1, jnp.ones(1, jnp.int32), scale, gelu=True)
+    np.testing.assert_allclose(np.asarray(got, np.float64), wanted, rtol=2**-8, atol=1e-4 * np.abs(wanted).max())
+
+
+def test_blocks_of_different_bits_are_runs_of_prepared_blocks():
+    rules = ((r"blocks/0/mlp/fc1/kernel", VQSpec(64, 2)), *dit_rules(2))
+    mixed = vq.quantize(dense(), key=jax.random.key(3), rules=rules, max_iterations=2)
+    tree = prepare_for_inference(mixed)
+    assert [type(blocks) for blocks in tree["blocks"]] == [PreparedBlocks, PreparedBlocks]
+    assert [blocks.fc1.weights.order.bits for blocks in tree["blocks"]] == [6, 8]
+    wanted, got = (run(params, return_blocks=True) for params in (mixed, tree))
+    assert difference(got[0], wanted[0]) < 1e-2
+    assert got[1].shape == wanted[1].shape == (DEPTH, BATCH, TOKENS, WIDTH)
+    assert difference(got[1], wanted[1]) < 1e-2
+    modulations = program(method="modulations")({"params": tree}, T, Y)
+    assert [m.shape for m in modulations] == [(BATCH, 6 * WIDTH)] * 2
+    # Each run has its own part of the ranges: the second block's are a thousand times too large.
+    ranges = {name: v * np.array([1, 1000]) for name, v in run(tree, method="ranges").items()}
+    coarse = prepare_for_inference(mixed, "int8", ranges=ranges)
+    _, outputs = run(coarse, return_blocks=True)
+    assert difference(outputs[0], wanted[1][0]) < 2e-2 < difference(outputs[1], wanted[1][1])
+
+
+@pytest.mark.parametrize("activations, weights", [(None, None), ("int8", "int8")])
+def test_modulations_that_are_given_change_no_bit(activations, weights):
+    tree = prepared(activations, weights)
+    modulations = program(method="modulations")({"params": tree}, T, Y)
+    assert [m.shape for m in modulations] == [(BATCH, DEPTH * 6 * WIDTH)]
+    given = lambda modulations: program()({"params": tree}, X, T, Y, modulations=modulations)
+    np.testing.assert_array_equal(given(modulations), run(tree))
+    # They are read: others give another result.
+    assert difference(given(tuple(m + 1 for m in modulations)), run(tree)) > 1e-2
+
+
+def test_block_outputs_are_those_of_the_packed_model_and_the_image_is_the_same():
+    image, outputs = run(prepared(), return_blocks=True)
+    _, wanted = run(packed(), return_blocks=True)
+    assert outputs.shape == (DEPTH, BATCH, TOKENS, WIDTH)
+    for got, exact in zip(outputs, wanted, strict=True):
+        assert difference(got, exact) < 1e-2
+    assert difference(image, run(prepared())) < 1e-3
+
+
+def test_ranges_are_the_largest_magnitudes_that_proj_and_fc2_read():
+    """Of the first block, from its plain parameters and in float64."""
+    plain = vq.dequantize(packed())
+    tokens = MODEL.apply({"params": plain}, X, method="_tokens")
+    c = MODEL.apply({"params": plain}, T, Y, method="conditioning")
+    block = DiTBlock(num_heads=2, mlp_ratio=4.0, norm2_eps=MODEL.norm2_eps)
+    first = jax.tree.map(lambda a: a[0], plain["blocks"])
+    _, seen = block.apply({"params": first}, tokens, c, capture_intermediates=True)
+    result = lambda part, layer: np.asarray(seen["intermediates"][part][layer]["__call__"][0], np.float64)
+    q, k, v = np.moveaxis(result("attn", "qkv").reshape(BATCH, TOKENS, 3, 2, WIDTH // 2), 2, 0)
+    weights = np.exp(np.einsum("bqnh,bknh->bnqk", q, k) / np.sqrt(WIDTH // 2))
+    attended = np.einsum("bnqk,bknh->bqnh", weights / weights.sum(-1, keepdims=True), v)
+    ranges = ranges_of(None, 2)
+    assert {name: found.shape for name, found in ranges.items()} == {"attn/proj": (DEPTH,), "mlp/fc2": (DEPTH,)}
+    np.testing.assert_allclose(ranges["attn/proj"][0], np.abs(attended).max(), rtol=2e-2)
+    np.testing.assert_allclose(ranges["mlp/fc2"][0], np.abs(gelu(result("mlp", "fc1"))).max(), rtol=2e-2)
+
+
+def test_activation_ranges_are_found_by_sampling_and_the_key_says_how():
+    find = functools.partial(activation_ranges, MODEL, packed(), images=2, num_steps=2)
+    first, again, other = find(key=jax.random.key(0)), find(key=jax.random.key(0)), find(key=jax.random.key(1))
+    for name, found in first.items():
+        assert found.shape == (DEPTH,) and np.isfinite(found).all() and (found > 0).all()
+        np.testing.assert_array_equal(found, again[name])
+        assert (found != other[name]).any()
+    assert difference(run(prepare_for_inference(packed(), "int8", ranges=first)), run(packed())) < 0.1
+
+
+def test_memory_holds_one_copy_of_the_assignments():
+    tree = prepared(bits=3)
+    leaves = jax.tree.leaves(packed(3), is_leaf=lambda node: isinstance(node, VQArray))
+    codes = [leaf for leaf in leaves if isinstance(leaf, VQArray)]
+    assert len(codes) == 5
+    linears = jax.tree.leaves(tree["blocks"], is_leaf=lambda node: isinstance(node, PreparedLinear))
+    assert sum(p.weights.assignments.nbytes for p in linears) == sum(leaf.assignments.nbytes for leaf in codes)
+    assert not [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, VQArray) or leaf.dtype == jnp.uint8]
+    outside = {name: leaf for name, leaf in tree.items() if name != "blocks"}
+    assert {leaf.dtype for leaf in jax.tree.leaves(outside)} == {jnp.dtype(jnp.bfloat16)}
+
+
+@pytest.mark.parametrize("activations", [None, "int8"])
+def test_weights_of_dit_xl_in_2_bits_take_less_than_190_mb(activations):
+    model = variant("DiT-XL/2", dtype=jnp.bfloat16)
+    shapes = cases.prepared_shapes(model, 2, activations)
+    assert shapes["blocks"].depth == 28
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
+    # 159.469 MiB of assignments are the least.
+    assert 159.469 * 2**20 < size < 190e6
+
+
+def test_bad_combinations_are_refused_in_a_line():
+    params = dense()
+    wrong = {"attn/proj": np.ones(3), "mlp/fc2": np.ones(3)}
+    refused = {
+        r"activations='int4': wanted None, 'int8' or 'e4m3'": lambda: prepare_for_inference(packed(), "int4"),
+        r"weights='int2': wanted None .*, 'int8' or 'int4'": lambda: prepare_for_inference(
+            params, "int8", weights="int2"
+        ),
+        r"weights='int8' go with activations='int8', not None": lambda: prepare_for_inference(params, weights="int8"),
+        r"weights='int4' go with activations='int8', not 'e4m3'": lambda: prepare_for_inference(
+            params, "e4m3", weights="int4"
+        ),
+        r"ranges are of 8-bit activations; give activations=": lambda: prepare_for_inference(packed(), ranges=wrong),
+        r"ranges: wanted attn/proj and mlp/fc2 with an entry for each of the 2 blocks": lambda: prepare_for_inference(
+            packed(), "int8", ranges=wrong
+        ),
+        r"params hold no blocks of a DiT": lambda: prepare_for_inference({"w": np.zeros(3)}),
+        r"prepared ones cannot be prepared again": lambda: prepare_for_inference(prepared()),
+        r"blocks/adaLN_modulation/1/kernel is a \w+; wanted packed weights": lambda: prepare_for_inference(params),
+        r"blocks/adaLN_modulation/1/kernel is a VQArray; weights='int8' are made of dense": lambda: (
+            prepare_for_inference(packed(), "int8", weights="int8")
+        ),
+        r"blocks/\S+/kernel has no form for the kernels: W is": lambda: prepare_for_inference(
+            vq.quantize(tiny()[1], key=jax.random.key(0), max_iterations=1)
+        ),
+        r"blocks/\S+/kernel has no form for the kernels: d=16, K=4": lambda: prepare_for_inference(
+            vq.quantize(
+                params,
+                key=jax.random.key(0),
+                rules=((r"blocks/.*/kernel", VQSpec(4, 16)), (".*", KEEP)),
+                max_iterations=1,
+            )
+        ),
+    }
+    for message, call in refused.items():
+        with pytest.raises(InputError, match=message) as error:
+            call()
+        assert "\n" not in str(error.value)
