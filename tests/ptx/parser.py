@@ -282,9 +282,10 @@ class _Reader:
         for block in reversed(self.blocks):
             if (scoped := self.scoped(name, block)) in self.registers:
                 return Register(scoped, self.registers[scoped])
-        family = re.fullmatch(r"(\D+)\d+", name)
-        if family and family[1] in self.registers:
-            return Register(name, self.registers[family[1]])
+        if family := re.fullmatch(r"(\D+)\d+", name):
+            for block in reversed(self.blocks):
+                if (prefix := self.scoped(family[1], block)) in self.registers:
+                    return Register(self.scoped(name, block), self.registers[prefix])
         if name.startswith("%") and name in ("%SP", "%SPL"):
             return Register(name, self.registers.get(name, "b64"))
         if otherwise is None:
