@@ -53,6 +53,7 @@ def default() -> ml_collections.ConfigDict:
     c.sample.steps = 50
     c.sample.more_steps = ()  # further numbers of steps, for rows of the table
     c.sample.cfg_scale = 1.5
+    c.sample.activations = "float32"  # of quantized models; bfloat16, int8, e4m3: through the kernels of docs/kernels.md
     c.sample.grid_images = 24  # images in the pictures and in the report
 
     c.evaluation = ml_collections.ConfigDict()
@@ -120,6 +121,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
     recipe(config)
     rules(config)
     _one_of("sample.sampler", config.sample.sampler, SAMPLERS)
+    _one_of("sample.activations", config.sample.activations, ("float32", "bfloat16", "int8", "e4m3"))
     _one_of("quantize.codebook_dtype", config.quantize.codebook_dtype, DTYPES)
     _one_of("quantize.other_dtype", config.quantize.other_dtype, DTYPES)
     for key in ("sample.num_images", "sample.batch", "sample.grid_images", "calibration.save_every"):

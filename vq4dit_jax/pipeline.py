@@ -24,6 +24,7 @@ from vq4dit_jax import (
     evaluation,
     files,
     generation,
+    inference,
     quantization,
     reporting,
     sources,
@@ -198,7 +199,7 @@ class Pipeline:
                         generation.generate(
                             self._plan(steps),
                             model,
-                            self.params(name),
+                            self._sampling_params(name),
                             self.key(_SAMPLES),
                             self._npz(name, steps),
                             self.decoder,
@@ -209,6 +210,11 @@ class Pipeline:
             for name in ("fp", "vq4dit"):
                 reporting.write_grid(self.dir.samples / f"{name}.png", images[name], columns)
             reporting.write_comparison(self.dir.samples / "comparison.png", images, names)
+
+    def _sampling_params(self, name: str) -> Any:
+        c = self.config.sample
+        model, params = self.teacher[0], self.params(name)
+        return params if name == "fp" else inference.for_sampling(model, params, c.activations, c.cfg_scale)
 
     def _all_steps(self) -> list[int]:
         return [self.config.sample.steps, *self.config.sample.more_steps]
