@@ -85,7 +85,11 @@ def choose(
                 fits = lambda n, tile=tile, size=size: (
                     shared_bytes(dataclasses.replace(tile, stages=n), stream_bytes, table_bytes, size) <= _SHARED_MEMORY
                 )
-                stages = max((n for n in (3, 4, 6) if fits(n) and n <= max(3, steps // splits)), default=0)
+                # Powers of two, so that a stage's place is a mask; many where they are small, and memory is what is waited for.
+                small = shared_bytes(dataclasses.replace(tile, stages=1), stream_bytes, 0, 0) <= 12 * 1024
+                stages = max(
+                    (n for n in (3, 4, 8 if small else 4) if fits(n) and n <= max(3, steps // splits)), default=0
+                )
                 if not stages:
                     continue
                 product = 64 * block_tokens * (128 // itemsize) / _MACS[itemsize]

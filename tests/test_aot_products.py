@@ -45,8 +45,7 @@ PRODUCTS = {
     ),
 }  # fmt: skip
 UNIFORM_MOVES = 4
-"""By so much a loop differs between versions of jax, in UMOV around the matrix unit's descriptors, which cost no issue slot
-of the decoder's pipes."""
+"""By so many instructions a loop differs between versions of jax: UMOV, before the matrix unit's descriptors."""
 
 
 @pytest.mark.parametrize("name", PRODUCTS)

@@ -64,6 +64,7 @@ def test_the_kernel_interpreted_equals_float64(dtype, images, tokens, heads, siz
     check(jax.jit(run)(qkv, *more), exact(qkv, tokens, heads), dtype)
 
 
+@pytest.mark.once
 @needs_compiler
 @pytest.mark.parametrize("dtype, images, tokens, heads, size", CASES, ids=NAMES)
 def test_the_compiled_kernel_emulated_equals_float64(dtype, images, tokens, heads, size):

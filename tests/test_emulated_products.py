@@ -14,7 +14,10 @@ from pallas_kernels.epilogue import Epilogue
 from pallas_kernels.mosaic import matmul
 from pallas_kernels.tiles import Tile
 
-pytestmark = pytest.mark.skipif(compiler.unavailable() is not None, reason=str(compiler.unavailable()))
+pytestmark = [
+    pytest.mark.once,
+    pytest.mark.skipif(compiler.unavailable() is not None, reason=str(compiler.unavailable())),
+]
 
 # Each kind of decoder (dtype, d, bits of a code, replicas), each way to store a result, and what only the hardware does: codes in
 # fragment order, swizzled copies that are cut off, the matrix store that turns a tile around.

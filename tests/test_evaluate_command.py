@@ -16,6 +16,8 @@ from vq4dit_jax import sources
 from vq4dit_jax.evaluation import compute_reference, measure, open_images, save_reference
 from vq4dit_jax.evaluation.images import checksum
 
+pytestmark = pytest.mark.once
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 FIGURES = ["fid", "sfid", "is", "kid", "precision", "recall", "fd768"]
 

@@ -16,6 +16,8 @@ from vq4dit_jax.calibration import assess
 from vq4dit_jax.evaluation import tfgan
 from vq4dit_jax.models.vae import AutoencoderKL
 
+pytestmark = pytest.mark.once
+
 SMALL = (
     "--config.model.random_init=True", "--config.model.variant=DiT-S/2", "--config.model.depth=1", "--config.model.input_size=4",
     "--config.calibration.steps=2", "--config.calibration.batch=2", "--config.calibration.trajectory_steps=3",

@@ -6,6 +6,8 @@ import re
 
 import pytest
 
+pytestmark = pytest.mark.once
+
 pytest.importorskip("nbclient", reason="needs nbclient and ipykernel, of the extra `test`")
 nbformat = pytest.importorskip("nbformat")
 
@@ -64,7 +66,6 @@ def test_quickstart_runs(execute):
     }  # fmt: skip
 
 
-@pytest.mark.once
 @pytest.mark.filterwarnings("default")
 def test_xl2_runs_small_and_without_a_network(execute):
     notebook, working = execute("xl2_256.ipynb")

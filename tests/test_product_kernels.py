@@ -15,9 +15,9 @@ from pallas_kernels.tiles import Tile
 # Chosen so that together they hold every class of weights (dtype, d, bits of a code, groups of rows), every shape of a block
 # (tokens, warpgroups, row tiles, splits; whole and cut off), and every part of the epilogue with each kind of operands.
 CASES = {
-    "bf16-d4-cut-off": Case(tokens=50, gelu=True),
+    "bf16-d4-cut-off": Case(tokens=20, gelu=True, layer=0),
     "bf16-d2-6bits-groups": Case(rows=192, columns=64, length=2, codewords=64, groups=3, tile=Tile(32, 1, 1, 2)),
-    "bf16-d8-gate": Case(tokens=64, image_tokens=32, length=8, codewords=100),
+    "bf16-d8-gate": Case(image_tokens=32, length=8, codewords=100),
     "bf16-row-tiles": Case(tokens=16, rows=384, codewords=16, tile=Tile(16, 2, 3, 2), bias=False, layers=3, layer=2),
     "bf16-splits": Case(tokens=20, columns=192, gelu=True, scales=True, tile=Tile(32, 2, 1, 2, splits=3)),
     "int8-d4-to-int8": Case(tokens=20, dtype=INT8, scales=True, gelu=True, result=INT8),
@@ -28,7 +28,6 @@ CASES = {
         columns=256, dtype=INT8, length=8, tile=Tile(32, 2, 1, 2, splits=2), scales=True, result=INT8
     ),
     "e4m3-d4-warpgroups": Case(rows=192, dtype=E4M3, scales=True, gelu=True, tile=Tile(32, 3, 1, 2), result=E4M3),
-    "e4m3-d2": Case(dtype=E4M3, length=2, codewords=100, scales=True, layer=0),
     "e4m3-d8-gate-images": Case(dtype=E4M3, length=8, tile=Tile(16, 2, 1, 2), image_tokens=16, scales=True),
     "bytes-int8-gate": Case(
         weights="bytes", dtype=INT8, rows=256, scales=True, tile=Tile(32, 2, 2, 2), image_tokens=32
@@ -49,7 +48,7 @@ def test_kernels_interpreted_are_within_rounding_of_float64(name):
     product.check(jax.jit(run)(product.x, product.weights, product.epilogue, product.layer))
 
 
-@settings(max_examples=4)
+@settings(max_examples=3)
 @given(
     st.integers(0, 2**32 - 1),
     st.integers(1, 40),
@@ -104,7 +103,7 @@ def cases(draw):
     )
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(cases())
 def test_products_of_any_kind_through_xla_are_within_rounding_of_float64(case):
     product = make(case)

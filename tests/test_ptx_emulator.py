@@ -14,6 +14,8 @@ from ptx import PtxError, emulate, launch
 
 from benchmarks.aot import compiler
 
+pytestmark = pytest.mark.once
+
 needs_compiler = pytest.mark.skipif(compiler.unavailable() is not None, reason=compiler.unavailable() or "")
 
 BF16, F8 = ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn

@@ -15,6 +15,8 @@ from ptx.harness import execute, kernel
 
 from benchmarks.aot import compiler, sass
 
+pytestmark = pytest.mark.once
+
 needs_compiler = pytest.mark.skipif(compiler.unavailable() is not None, reason=compiler.unavailable() or "")
 
 BF16, F8 = ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn

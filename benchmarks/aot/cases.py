@@ -98,7 +98,7 @@ def _products() -> dict[str, Case]:
         1,
         LAYERS,
     )
-    all_adaln = linear(adaln, 16, Tile(16, 2, 3, 6))
+    all_adaln = linear(adaln, 16, Tile(16, 2, 3, 8))
     all_adaln.shapes[2]["bias"] = _S((1, LAYERS * 6 * WIDTH), jnp.float32)
     return {
         "vq2 bf16 fc1": _limited(linear(vq(hidden, WIDTH, 2, jnp.bfloat16), 512, tile, gelu=True), 96),
