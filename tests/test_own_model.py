@@ -17,6 +17,8 @@ from vq4dit_jax import calibration, quantization
 from vq4dit_jax.errors import InputError
 from vq4dit_jax.models.linear import Linear
 
+pytestmark = pytest.mark.once
+
 PAGE = pathlib.Path(__file__).resolve().parent.parent / "docs" / "your_own_model.md"
 NETWORK, PROGRAM, SAMPLING = re.findall(
     r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
