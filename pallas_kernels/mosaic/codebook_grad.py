@@ -35,7 +35,8 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.mosaic import compat, subvectors
 from pallas_kernels.mosaic.direct_store import direct_store
-from pallas_kernels.mosaic.subvectors import STREAMING_MULTIPROCESSORS, TILE, byte_address, constant, element
+from pallas_kernels.mosaic.mlir import byte_address, constant, element
+from pallas_kernels.mosaic.subvectors import STREAMING_MULTIPROCESSORS, TILE
 
 _WARPS = 4
 _LANES = 32

@@ -18,6 +18,7 @@ from jaxlib.mlir.dialects import arith, gpu, llvm, memref, vector
 
 from pallas_kernels import fragments
 from pallas_kernels.fragments import FragmentOrder
+from pallas_kernels.mosaic.mlir import byte_address, constant, element
 
 
 def make_decoder(
@@ -46,12 +47,6 @@ def make_decoder(
     return decoder
 
 
-def constant(value: int) -> Any:
-    """An i32 in the kernel's MLIR."""
-    i32 = ir.IntegerType.get_signless(32)
-    return arith.constant(i32, ir.IntegerAttr.get(i32, value))
-
-
 def _decode_registers(order: FragmentOrder, replicas: int, assignments: Any, codebook: Any) -> list[Any]:
     """The 16 registers of this lane, rr after rr, as i32 values."""
     lane = arith.remui(arith.index_cast(ir.IntegerType.get_signless(32), gpu.thread_id(gpu.Dimension.x)), constant(128))
@@ -67,11 +62,11 @@ def _decode_registers(order: FragmentOrder, replicas: int, assignments: Any, cod
         part = arith.andi(lane, constant(order.sharing - 1))
         place = arith.ori(place, arith.shli(part, constant(2)))
     base = mgpu.utils.memref_ptr(mgpu.memref_fold(codebook, 0, 2))
-    i8, i32 = ir.IntegerType.get_signless(8), ir.IntegerType.get_signless(32)
+    i32 = ir.IntegerType.get_signless(32)
 
     def load(code: int) -> Any:
         address = arith.ori(_code_at(order, words, code, shift), place)
-        return llvm.load(i32, mgpu.utils.getelementptr(base, [address], i8))
+        return llvm.load(i32, byte_address(base, address))
 
     loaded = [load(code) for code in range(order.codes)]
     if order.codes_per_register == 1:
@@ -91,7 +86,7 @@ def _own_words(order: FragmentOrder, flat: Any, group: Any) -> list[Any]:
     for i in range(0, order.words, 4):
         offset = arith.addi(arith.muli(group, constant(order.words)), constant(i))
         four = vector.load(ir.VectorType.get((4,), i32), flat, [arith.index_cast(index, offset)])
-        words += [vector.extract(four, dynamic_position=[], static_position=[k]) for k in range(4)]
+        words += [element(four, k) for k in range(4)]
     return words
 
 

@@ -16,7 +16,8 @@ from jaxlib.mlir.dialects import arith, gpu, vector
 from pallas_kernels import nibbles
 from pallas_kernels.fragments import LINE, ROWS
 from pallas_kernels.mosaic import compat, store
-from pallas_kernels.mosaic.decode import constant, fragment
+from pallas_kernels.mosaic.decode import fragment
+from pallas_kernels.mosaic.mlir import constant, element
 from pallas_kernels.tiles import Tile
 from pallas_kernels.weights import ByteWeights, NibbleWeights
 
@@ -113,6 +114,6 @@ def _decode(_: Any, words: Any) -> Any:
         offset = arith.index_cast(index, arith.addi(arith.shli(lane, constant(3)), constant(i)))
         four = vector.load(ir.VectorType.get((4,), i32), flat, [offset])
         for k in range(4):
-            word = vector.extract(four, dynamic_position=[], static_position=[k])
+            word = element(four, k)
             registers += [arith.andi(arith.shli(word, constant(4)), mask), arith.andi(word, mask)]
     return fragment(registers, (ROWS, nibbles.COLUMNS), jnp.int8)

@@ -8,12 +8,12 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax.experimental.mosaic import gpu as mgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, gpu, llvm, vector
+from jaxlib.mlir.dialects import arith, gpu, llvm
 
 from pallas_kernels.epilogue import saturate
 from pallas_kernels.fragments import ROWS
 from pallas_kernels.mosaic import compat
-from pallas_kernels.mosaic.decode import constant
+from pallas_kernels.mosaic.mlir import byte_address, constant, element
 
 _PACK = {
     # d = four results: tokens 2c and 2c + 1 of row q (a, c) and of row q + 8 (b, d), as two 16-bit pairs.
@@ -65,16 +65,12 @@ def store_bytes(y: jax.Array, target: Any, dtype: jax.typing.DTypeLike, interpre
 
     @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType()))
     def emit(_: Any, values: Any, out: Any) -> None:
-        i8, i32 = ir.IntegerType.get_signless(8), ir.IntegerType.get_signless(32)
+        i32 = ir.IntegerType.get_signless(32)
         registers = values.registers
         packed = []
         for j in range(tokens // 8):
             pairs = [_register(registers, j, rr) for rr in range(2)]
-            four = [
-                vector.extract(pairs[rr], dynamic_position=[], static_position=[token])
-                for token in range(2)
-                for rr in range(2)
-            ]
+            four = [element(pairs[rr], token) for token in range(2) for rr in range(2)]
             asm = _PACK[jnp.dtype(dtype).name]
             packed.append(llvm.inline_asm(i32, four, asm, "=r,f,f,f,f", has_side_effects=False))
         thread = arith.index_cast(i32, gpu.thread_id(gpu.Dimension.x))
@@ -87,7 +83,7 @@ def store_bytes(y: jax.Array, target: Any, dtype: jax.typing.DTypeLike, interpre
         row = arith.andi(lane, constant(8 * count - 1))
         place = arith.addi(arith.shli(row, constant(6)), arith.shli(warp, constant(4)))
         for j in range(0, tokens // 8, count):
-            address = mgpu.utils.getelementptr(base, [arith.addi(place, constant(8 * j * ROWS))], i8)
+            address = byte_address(base, arith.addi(place, constant(8 * j * ROWS)))
             llvm.inline_asm(
                 ir.Type.parse("!llvm.void"),
                 [address, *packed[j : j + count]],

@@ -15,7 +15,9 @@ import numpy as np
 from jax import lax
 from jax.experimental.mosaic import gpu as mgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, vector
+from jaxlib.mlir.dialects import arith, llvm
+
+from pallas_kernels.mosaic.mlir import byte_address, constant, element
 
 TILE = 512
 """Sub-vectors that a warpgroup holds at a time: four in each lane."""
@@ -77,16 +79,3 @@ def make_gather(length: int, interpret: bool) -> Any:
         return mgpu.FragmentedArray(_registers=out, _layout=tiled, _is_signed=None)
 
     return gather
-
-
-def constant(value: int) -> Any:
-    i32 = ir.IntegerType.get_signless(32)
-    return arith.constant(i32, ir.IntegerAttr.get(i32, value))
-
-
-def element(register: Any, i: int) -> Any:
-    return vector.extract(register, dynamic_position=[], static_position=[i])
-
-
-def byte_address(base: Any, offset: Any) -> Any:
-    return mgpu.utils.getelementptr(base, [offset], ir.IntegerType.get_signless(8))
