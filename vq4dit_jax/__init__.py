@@ -37,7 +37,7 @@ _HOME = {
     "save_safetensors": "vq4dit_jax.checkpoint",
     "sizes": "vq4dit_jax.quantization",
 }
-_MODULES = ("calibration", "diffusion", "evaluation", "models", "reporting")
+_MODULES = ("baselines", "calibration", "diffusion", "evaluation", "models", "reporting")
 
 __all__ = [*_HOME, *_MODULES]
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import ml_collections
 
-from vq4dit_jax.calibration.recipe import Recipe
+from vq4dit_jax.calibration.recipe import LAYERWISE, Recipe
 from vq4dit_jax.errors import InputError
 from vq4dit_jax.quantization import BITS, KEEP, Rule, VQSpec, dit_rules
 from vq4dit_jax.sampling import SAMPLERS
@@ -42,7 +42,9 @@ def default() -> ml_collections.ConfigDict:
     c.quantize.codebook_dtype = "float32"
     c.quantize.other_dtype = "float32"  # biases, embedders, final layer
 
-    c.calibration = ml_collections.ConfigDict(dataclasses.asdict(Recipe()))
+    c.calibration = ml_collections.ConfigDict(
+        dataclasses.asdict(Recipe(**LAYERWISE))
+    )  # recipe.py says what each key does
     c.calibration.save_every = 50  # steps between checkpoints
 
     c.sample = ml_collections.ConfigDict()
@@ -53,7 +55,9 @@ def default() -> ml_collections.ConfigDict:
     c.sample.steps = 50
     c.sample.more_steps = ()  # further numbers of steps, for rows of the table
     c.sample.cfg_scale = 1.5
-    c.sample.activations = "float32"  # of quantized models; bfloat16, int8, e4m3: through the kernels of docs/kernels.md
+    c.sample.activations = (
+        "float32"  # of quantized models; bfloat16, int8, e4m3: through the kernels of docs/kernels.md
+    )
     c.sample.grid_images = 24  # images in the pictures and in the report
 
     c.evaluation = ml_collections.ConfigDict()
@@ -69,6 +73,7 @@ def cifar10() -> ml_collections.ConfigDict:
     c.model.checkpoint = "asset:dit_cifar10.safetensors"
     c.quantize.codebook_dtype = "float16"  # on so small a model float32 codebooks would cost 0.35 bits a weight
     c.quantize.other_dtype = "float16"
+    c.calibration.allocation = "layers"
     c.calibration.batch = 8
     c.calibration.steps = 300
     c.sample.num_images = 400
@@ -93,6 +98,8 @@ def xl2(image_size: int, bits: float) -> ml_collections.ConfigDict:
     c.calibration.steps = 500
     c.calibration.save_every = 100
     c.calibration.remat = True
+    c.calibration.budget = 1.005
+    c.calibration.allocation = "roles"  # blocks stay one stack: one scan, one launch for all of adaLN
     c.sample.num_images = 10_000
     c.sample.batch = 50
     c.sample.steps = 50

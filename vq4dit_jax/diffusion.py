@@ -97,16 +97,12 @@ def predict_x0(sched: Schedule, i: Index, x: Float[Array, "B H W C"], eps: Float
     return (x - sched.sqrt_one_minus_alpha_bar[i] * eps) / sched.sqrt_alpha_bar[i]
 
 
-def ddpm_step(
-    sched: Schedule,
-    i: Index,
-    x: Float[Array, "B H W C"],
-    model_output: Float[Array, "B H W _"],
-    noise: Float[Array, "B H W C"],
-) -> Float[Array, "B H W C"]:
-    """One ancestral step; `model_output` has 2C channels (learned-range variance) or C (the larger fixed variance).
+def ddpm_gaussian(
+    sched: Schedule, i: Index, x: Float[Array, "B H W C"], model_output: Float[Array, "B H W _"]
+) -> tuple[Float[Array, "B H W C"], jax.Array]:
+    """(mean, standard deviation) of x_{t-1}, what an ancestral step draws from; the deviation at i = 0, the last step, is 0.
 
-    `noise` is not used at i = 0, the last step.
+    `model_output` has 2C channels (learned-range variance) or C (the larger fixed variance, a scalar).
     """
     eps, interpolation = _split(x, model_output)
     if interpolation is None:
@@ -115,7 +111,19 @@ def ddpm_step(
         fraction = (interpolation + 1) / 2
         log_variance = fraction * sched.log_variance_max[i] + (1 - fraction) * sched.log_variance_min[i]
     mean = sched.posterior_x0[i] * predict_x0(sched, i, x, eps) + sched.posterior_xt[i] * x
-    return mean + jnp.where(jnp.asarray(i) > 0, 1.0, 0.0) * jnp.exp(0.5 * log_variance) * noise
+    return mean, jnp.where(jnp.asarray(i) > 0, 1.0, 0.0) * jnp.exp(0.5 * log_variance)
+
+
+def ddpm_step(
+    sched: Schedule,
+    i: Index,
+    x: Float[Array, "B H W C"],
+    model_output: Float[Array, "B H W _"],
+    noise: Float[Array, "B H W C"],
+) -> Float[Array, "B H W C"]:
+    """One ancestral step, a draw from `ddpm_gaussian`. `noise` is not used at i = 0, the last step."""
+    mean, deviation = ddpm_gaussian(sched, i, x, model_output)
+    return mean + deviation * noise
 
 
 def ddim_step(

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import re
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.traverse_util
@@ -205,6 +205,27 @@ def map_leaves(fn: Callable[..., Any], tree: Any, *rest: Any) -> Any:
     return jax.tree.map(fn, tree, *rest, is_leaf=lambda node: isinstance(node, VQArray))
 
 
+def matrices(packed: Params) -> Iterator[tuple[str, int | None, VQArray]]:
+    """(path of the leaf, number of the block, the matrix without stack axes) of every quantized matrix, in order; the block is
+    None for a leaf that is no stack."""
+    for path, leaf in _flatten(packed).items():
+        parts, start = leaf if isinstance(leaf, tuple) else (leaf,), 0
+        for part in parts:
+            length = jax.tree.leaves(part)[0].shape[0]
+            if isinstance(part, VQArray) and not part.stack:
+                yield path, None, part
+            elif isinstance(part, VQArray):
+                for i in range(length):
+                    yield path, start + i, jax.tree.map(lambda a, i=i: a[i], part)
+            start += length
+
+
+def block_path(path: str, block: int | None) -> str:
+    """The path that rules match: that of the leaf with the number of its block after the first name."""
+    prefix, _, rest = path.partition("/")
+    return path if block is None else f"{prefix}/{block}/{rest}"
+
+
 def dequantize(params: Params, dtype: Any = None) -> Any:
     """The same tree with dense kernels (*stack, I, O), in `dtype`; None: in the codebooks', mixed stacks in float32.
 
@@ -224,6 +245,16 @@ def dequantize(params: Params, dtype: Any = None) -> Any:
         return jnp.concatenate([dense(part).astype(dtype or jnp.float32) for part in leaf])
 
     return jax.tree.map(join, params, is_leaf=lambda node: isinstance(node, VQArray | SoftVQArray | tuple))
+
+
+def joined(params: Params) -> Params:
+    """Where leaves are in parts, all of them decoded to whole stacks (float32), else the same tree: a compiler then sees one
+    block, and not every run of equal ones. For calibration and measures; it takes a dense model's memory."""
+    return (
+        dequantize(params, jnp.float32)
+        if any(isinstance(leaf, tuple) for leaf in _flatten(params).values())
+        else params
+    )
 
 
 def random_params(shapes: Any, key: jax.Array, scale: float = 0.02) -> Any:

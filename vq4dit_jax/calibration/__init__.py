@@ -2,12 +2,16 @@
 
 from vq4dit_jax.calibration.assess import held_out_agreement
 from vq4dit_jax.calibration.loop import calibrate, make_student, read_log
+from vq4dit_jax.calibration.moments import input_moments
 from vq4dit_jax.calibration.network import Network, as_network
 from vq4dit_jax.calibration.optimize import State, Trainable, finalize, init, merge, update
-from vq4dit_jax.calibration.recipe import Recipe
+from vq4dit_jax.calibration.recipe import LAYERWISE, PAPER, RELEASED, Recipe
 from vq4dit_jax.calibration.trajectory import Batch, Trajectory, advance, begin
 
 __all__ = [
+    "LAYERWISE",
+    "PAPER",
+    "RELEASED",
     "Batch",
     "Network",
     "Recipe",
@@ -21,6 +25,7 @@ __all__ = [
     "finalize",
     "held_out_agreement",
     "init",
+    "input_moments",
     "make_student",
     "merge",
     "read_log",

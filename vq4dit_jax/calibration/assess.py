@@ -10,6 +10,7 @@ from vq4dit_jax import diffusion
 from vq4dit_jax.calibration import losses, trajectory
 from vq4dit_jax.calibration.network import Network, as_network, check
 from vq4dit_jax.models import DiT
+from vq4dit_jax.quantization import joined
 
 HELD_OUT_IMAGES, HELD_OUT_STEPS = 16, 10
 
@@ -26,6 +27,7 @@ def held_out_agreement(
     sched = diffusion.make_schedule(HELD_OUT_STEPS)
     advance = jax.jit(lambda teacher, where: trajectory.advance(network, teacher, sched, cfg_scale, where))
     measure = jax.jit(lambda params, batch: losses.agreement(network, params, batch, cfg_scale))
+    students = {name: joined(params) for name, params in students.items()}
     where = trajectory.begin(network, sched, jax.random.key_data(key), jnp.int32(0), HELD_OUT_IMAGES)
     found: dict[str, list] = {name: [] for name in students}
     for _ in range(HELD_OUT_STEPS):

@@ -14,15 +14,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from vq4dit_jax import checkpoint, diffusion, files, reporting
-from vq4dit_jax.calibration import optimize, trajectory
+from vq4dit_jax.calibration import layerwise, optimize, trajectory
 from vq4dit_jax.calibration.network import Network, as_network, check
-from vq4dit_jax.calibration.recipe import Recipe
+from vq4dit_jax.calibration.recipe import LAYERWISE, Recipe
 from vq4dit_jax.errors import InputError
 from vq4dit_jax.models import DiT
 from vq4dit_jax.vq import VQArray, soften
 
 _HISTOGRAM_EVERY = 25
-_OURS = Recipe()
+_LAYERWISE = 1 << 31
+"""Folded into the key for what comes before the steps; trajectories fold their numbers."""
 
 
 def make_student(recipe: Recipe, teacher: Any, kmeans: Any) -> dict[str, Any]:
@@ -66,22 +67,26 @@ def calibrate(
     packed: Any,
     *,
     key: jax.Array,
-    recipe: Recipe = _OURS,
+    recipe: Recipe | None = None,
     folder: str | os.PathLike | None = None,
     log_file: str | os.PathLike | None = None,
     save_every: int = 50,
     on_step: Callable[[dict[str, Any]], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """Calibrates a k-means model against its teacher and returns the hard model, a tree like `packed`.
+    """Calibrates a k-means model against its teacher and returns the hard model.
+
+    It is a tree like `packed`; with an allocation, one with other numbers of codewords and sub-vector lengths.
 
     Args:
       model: a `DiT`, or the `Network` that says how any other one is run.
       params: the teacher, full precision.
       packed: what `quantize` made of it. Codebooks and biases are trained in float32 and returned in their types here.
       key: of the noise and the classes that the trajectories start from.
-      recipe: how long, and in which form.
-      folder: where `step_NNNNNN` (orbax: state and trajectory) is written every `save_every` steps and at the end. The
-        same call continues from it, with the same bits as if it had never stopped. None: nothing is written.
+      recipe: how long, and in which form. None: `Recipe(**LAYERWISE)` for a DiT, and `Recipe()` for a `Network`, whose
+        Linears need not be ours.
+      folder: where `start` (with layerwise: what the steps begin with) is written, and `step_NNNNNN` (orbax: state and
+        trajectory) every `save_every` steps and at the end. The same call continues from it, with the same bits as if it
+        had never stopped. None: nothing is written.
       log_file: one JSON line for each step, see `read_log`; continued as well.
       on_step: is given each line after its step.
 
@@ -89,9 +94,13 @@ def calibrate(
       InputError: the network does not do as `Network` says, nothing is quantized, the trees do not fit each other, or
         `folder` holds the run of another recipe.
     """
+    recipe = recipe or (Recipe(**LAYERWISE) if isinstance(model, DiT) else Recipe())
     network = as_network(model, recipe.remat)
     check(network, params)
     sched = diffusion.make_schedule(recipe.trajectory_steps)
+    run = _Folder(folder, recipe)
+    if recipe.layerwise:
+        packed = run.start(lambda: layerwise.start(recipe, model, params, packed, jax.random.fold_in(key, _LAYERWISE)))
     student = make_student(recipe, params, packed)
     check(network, student)
     state = optimize.init(recipe, student)
@@ -106,7 +115,6 @@ def calibrate(
 
     step = jax.jit(step, donate_argnums=(0, 1))
     # The step gives its state away, so the state may share no buffer with the student.
-    run = _Folder(folder, recipe)
     done, (state, where) = run.resume(jax.tree.map(jnp.copy, (state, where)))
     # Candidates are arguments, not constants: constants would be compiled into the program.
     with reporting.progress(recipe.steps, "calibrate", "step") as bar, _open_log(log_file, done) as log:
@@ -143,16 +151,32 @@ class _Folder:
     def _file(self, step: int) -> pathlib.Path:
         return self.path / f"step_{step:06d}"
 
-    def resume(self, like: Any) -> tuple[int, Any]:
-        """(steps done, state) of the last checkpoint, or (0, like)."""
-        if self.path is None or not (steps := self._steps()):
-            return 0, like
-        theirs = checkpoint.load_metadata(self._file(steps[-1])).get("recipe", {})
+    def start(self, make: Callable[[], Any]) -> Any:
+        """What `make` makes, from its file where that is already there."""
+        if self.path is None:
+            return make()
+        file = self.path / "start"
+        if not file.exists():
+            tree = make()
+            checkpoint.save_quantized(file, {"stage": "layerwise"}, tree, {"recipe": self.recipe})
+            return tree
+        _, tree, manifest = checkpoint.load_quantized(file)
+        self._same(manifest["extra"])
+        return tree
+
+    def _same(self, metadata: dict[str, Any]) -> None:
+        theirs = metadata.get("recipe", {})
         differing = [f"{k} ({v} here, {theirs.get(k)} there)" for k, v in self.recipe.items() if theirs.get(k) != v]
         if differing:
             raise InputError(
                 f"{self.path} holds a run of another recipe: {', '.join(differing)}; give another folder, or remove it"
             )
+
+    def resume(self, like: Any) -> tuple[int, Any]:
+        """(steps done, state) of the last checkpoint, or (0, like)."""
+        if self.path is None or not (steps := self._steps()):
+            return 0, like
+        self._same(checkpoint.load_metadata(self._file(steps[-1])))
         return steps[-1], checkpoint.load_state(self._file(steps[-1]), like)[0]
 
     def save(self, step: int, state: Any) -> None:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from vq4dit_jax import diffusion
 from vq4dit_jax.calibration.network import Network
 from vq4dit_jax.calibration.trajectory import Batch
 from vq4dit_jax.vq import SoftVQArray
@@ -38,6 +39,25 @@ def released_regularizer(leaves: list[SoftVQArray]) -> Float[Array, ""]:
     return jnp.concatenate([jnp.atleast_1d(one(leaf)) for leaf in leaves]).mean()
 
 
+def guided_eps(network: Network, output: Float[Array, "R H W _"], cfg_scale: float) -> Float[Array, "B H W C"]:
+    """The guided noise prediction of 2B rows."""
+    return network.guide(output, cfg_scale)[..., : network.sample_shape[-1]]
+
+
+def step_distance(
+    network: Network, sched: diffusion.Schedule, batch: Batch, output: Float[Array, "R H W _"], cfg_scale: float
+) -> Float[Array, ""]:
+    """L_s: squared 2-Wasserstein distance of student and teacher in what the sampler draws x_{t-1} from, mean over pixels.
+
+    Of two Gaussians with independent pixels that is (mu - mu')^2 + (sigma - sigma')^2: errors of the guided noise prediction
+    and of the learned variance, each with the weight that it has in the image. The paper does not have it.
+    """
+    half = batch.x[: len(batch.x) // 2]
+    gaussian = lambda out: diffusion.ddpm_gaussian(sched, batch.i, half, network.guide(out, cfg_scale))
+    (mean, deviation), (wanted_mean, wanted_deviation) = gaussian(output), gaussian(batch.output)
+    return jnp.square(mean - wanted_mean).mean() + jnp.square(deviation - wanted_deviation).mean()
+
+
 def agreement(
     network: Network, params: Any, batch: Batch, cfg_scale: float
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
@@ -45,7 +65,7 @@ def agreement(
     output, blocks = network.apply(params, batch.x, batch.t, batch.y)
 
     def eps(out: jax.Array) -> jax.Array:
-        guided = network.guide(out, cfg_scale)[..., : network.sample_shape[-1]]
+        guided = guided_eps(network, out, cfg_scale)
         return guided.reshape(len(guided), -1)
 
     wanted = eps(batch.output)

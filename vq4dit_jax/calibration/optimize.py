@@ -18,11 +18,13 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
+from vq4dit_jax import diffusion
 from vq4dit_jax.calibration import losses
 from vq4dit_jax.calibration.network import Network
 from vq4dit_jax.calibration.recipe import Recipe
 from vq4dit_jax.calibration.trajectory import Batch
 from vq4dit_jax.errors import InputError
+from vq4dit_jax.quantization import joined
 from vq4dit_jax.vq import SoftVQArray
 
 _FROZEN_ENOUGH = 0.99
@@ -73,21 +75,23 @@ def _unflatten(flat: dict[str, Any]) -> dict[str, Any]:
 
 
 def _optimizer(recipe: Recipe) -> optax.GradientTransformation:
-    """RMSprop as in torch, which the paper's rates were chosen with: epsilon is added to the root, not under it. (Under
-    the root it would swallow gradients of single ratios, some 1e-6 and less.)"""
+    """Adam; or RMSprop as in torch, which the paper's rates were chosen with: epsilon is added to the root, not under it.
+    (Under the root it would swallow gradients of single ratios, some 1e-6 and less.)"""
 
     def cosine(count: Int[Array, ""]) -> Float[Array, ""]:
         return 0.5 * (1 + jnp.cos(jnp.pi * count.astype(jnp.float32) / recipe.steps))
 
-    def rmsprop(rate: float, schedule: str) -> optax.GradientTransformation:
+    def one(rate: float, schedule: str) -> optax.GradientTransformation:
         scaled = (lambda count: rate * cosine(count)) if schedule == "cosine" else rate
+        if recipe.optimizer == "adam":
+            return optax.adam(scaled, b1=0.9, b2=recipe.decay, eps=recipe.epsilon)
         return optax.rmsprop(scaled, decay=recipe.decay, eps=recipe.epsilon, eps_in_sqrt=False)
 
     return optax.multi_transform(
         {
-            "logits": rmsprop(recipe.learning_rate_ratios, "constant"),
-            "codebooks": rmsprop(recipe.learning_rate_codebooks, recipe.schedule),
-            "biases": rmsprop(recipe.learning_rate_biases, recipe.schedule),
+            "logits": one(recipe.learning_rate_ratios, "constant"),
+            "codebooks": one(recipe.learning_rate_codebooks, recipe.schedule),
+            "biases": one(recipe.learning_rate_biases, recipe.schedule),
         },
         Trainable("logits", "codebooks", "biases"),
     )
@@ -151,21 +155,24 @@ def update(
 
     Metrics are scalars but for `ratio_histogram`: 20 counts of the first candidate's ratio over [0, 1].
     """
+    sched = diffusion.make_schedule(recipe.trajectory_steps)
     floor = jnp.where(new_trajectory, jnp.inf, state.regularizer_floor)
 
     def loss_fn(trainable: Trainable) -> tuple[Array, tuple]:
         params = _merge(student, trainable, state.frozen)
-        _, blocks = network.apply(params, batch.x, batch.t, batch.y)
-        l_d = losses.block_distance(blocks, batch.blocks)
         leaves = [leaf for leaf in _flatten(params).values() if _is_soft(leaf)]
+        output, blocks = network.apply(joined(params), batch.x, batch.t, batch.y)
+        l_d = losses.block_distance(blocks, batch.blocks)
+        l_s = losses.step_distance(network, sched, batch, output, recipe.cfg_scale)
         if recipe.regularizer == "paper":
             l_r, weight = losses.paper_regularizer(leaves), 1.0
         else:
             l_r = losses.released_regularizer(leaves)
             weight = jnp.where(l_r > floor, 1.0, 0.0)
-        return recipe.lambda_d * l_d + recipe.lambda_r * weight * l_r, (l_d, l_r)
+        loss = recipe.lambda_d * l_d + recipe.lambda_s * l_s + recipe.lambda_r * weight * l_r
+        return loss, (l_d, l_s, l_r)
 
-    (loss, (l_d, l_r)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.trainable)
+    (loss, (l_d, l_s, l_r)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.trainable)
     if recipe.codebook_training == "after_freezing":
         grads = grads._replace(
             codebooks={
@@ -187,6 +194,7 @@ def update(
     metrics = {
         "loss": loss,
         "l_d": l_d,
+        "l_s": l_s,
         "l_r": l_r,
         "frozen_fraction": sum(mask.sum(dtype=jnp.float32) for mask in frozen.values()) / count,
         "ratio_histogram": histogram,

@@ -9,6 +9,8 @@ _CHOICES = {
     "regularizer": ("paper", "released"),
     "codebook_training": ("together", "after_freezing"),
     "schedule": ("constant", "cosine"),
+    "optimizer": ("adam", "rmsprop"),
+    "allocation": ("given", "roles", "layers"),
 }
 
 
@@ -17,6 +19,13 @@ class Recipe:
     """One calibration run. The paper's form and the released code's are values of these fields: `PAPER`, `RELEASED`.
 
     Attributes:
+      layerwise: before the gradient steps, solve every layer's assignments and codebook for its outputs (`vq.layerwise`);
+        the steps then tune codebooks and biases of assignments that stay. Needs num_candidates = 1, and a DiT, or a
+        `Network` whose Linears go through `models.linear`.
+      allocation: of the bits, with layerwise. "given": as `quantize` had them. "layers" or "roles": the same bits spread
+        anew, over single layers or over roles (all qkv, all fc1, ...) by what their errors cost (`allocate`).
+      budget: with an allocation, the bits that codes and codebooks may take in all, in units of the codes of `quantize`:
+        2.1 bits a weight for 1.05 and K = 256, d = 4. (A small model's codebooks are more than a tenth of it.)
       steps: optimizer steps in all; one for each time step of the teacher's trajectories.
       batch: images of a trajectory; the networks see 2 * batch rows, labels and null label.
       trajectory_steps: DDPM steps from noise to image; a new trajectory starts with new noise and classes.
@@ -26,8 +35,10 @@ class Recipe:
       regularizer: "paper" sum_n (1 - |2r - 1|) averaged over sub-vectors (eq 9), or "released" n * mean r(1 - r) over
         those not yet frozen, averaged over layers, and only on steps where it is above its minimum of that trajectory.
       lambda_d, lambda_r: weights of L_d and L_r (eq 10).
-      learning_rate_ratios, learning_rate_codebooks, learning_rate_biases: of RMSprop.
-      decay, epsilon: of RMSprop.
+      lambda_s: weight of L_s, how far the sampler's next step is from the teacher's (`losses.step_distance`).
+      learning_rate_ratios, learning_rate_codebooks, learning_rate_biases: of the optimizer.
+      optimizer: "adam", or "rmsprop" as in the paper.
+      decay, epsilon: of the mean of squared gradients, and what is added to its root.
       schedule: "constant", or "cosine" to 0 at the last step, for codebooks and biases.
       freeze_threshold: a sub-vector whose largest ratio passes it is frozen to that candidate.
       freeze_from, freeze_by: fractions of the run between which the threshold falls to 1/n, so that from
@@ -39,6 +50,9 @@ class Recipe:
         and memory for one block instead of all. (In a network of your own, wrap its blocks in `flax.linen.remat`.)
     """
 
+    layerwise: bool = False
+    allocation: str = "given"
+    budget: float = 1.05
     steps: int = 500
     batch: int = 16
     trajectory_steps: int = 50
@@ -48,9 +62,11 @@ class Recipe:
     regularizer: str = "paper"
     lambda_d: float = 1.0
     lambda_r: float = 0.0
+    lambda_s: float = 0.0
     learning_rate_ratios: float = 1e-2
     learning_rate_codebooks: float = 3e-4
     learning_rate_biases: float = 3e-4
+    optimizer: str = "rmsprop"
     decay: float = 0.9
     epsilon: float = 1e-8
     schedule: str = "cosine"
@@ -67,20 +83,52 @@ class Recipe:
         for name in ("steps", "batch", "trajectory_steps", "num_candidates"):
             if getattr(self, name) < 1:
                 raise InputError(f"calibration.{name}={getattr(self, name)}: wanted at least 1")
+        if self.layerwise and self.num_candidates != 1:
+            raise InputError(
+                f"calibration.num_candidates={self.num_candidates} with layerwise=True: assignments are then solved for, "
+                "and have no candidates; wanted 1, or layerwise=False"
+            )
+        if self.allocation != "given" and not self.layerwise:
+            raise InputError(f"calibration.allocation={self.allocation!r}: wanted 'given' without layerwise=True")
         if not 0 <= self.freeze_from <= self.freeze_by <= 1:
             raise InputError(
                 f"calibration.freeze_from={self.freeze_from}, freeze_by={self.freeze_by}: wanted 0 <= from <= by <= 1"
             )
 
 
-_PUBLISHED = dict(
-    learning_rate_ratios=5e-2,
-    learning_rate_codebooks=1e-4,
+LAYERWISE = dict(
+    layerwise=True,
+    num_candidates=1,
+    lambda_s=30.0,
+    learning_rate_codebooks=5e-5,
     learning_rate_biases=1e-4,
-    schedule="constant",
-    freeze_from=1.0,
-    freeze_by=1.0,
+    optimizer="adam",
+    decay=0.95,
 )
+"""The best there is for a DiT, and the configs' own."""
+
+CANDIDATES = dict(
+    layerwise=False,
+    allocation="given",
+    num_candidates=2,
+    lambda_s=0.0,
+    learning_rate_codebooks=3e-4,
+    learning_rate_biases=3e-4,
+    optimizer="rmsprop",
+    decay=0.9,
+)
+"""The fields' own values, for a config that has `LAYERWISE`: soft assignments as in the paper, with all choices final at half
+time. The best there is for a `Network` whose Linears are not ours."""
+
+_PUBLISHED = {
+    **CANDIDATES,
+    "learning_rate_ratios": 5e-2,
+    "learning_rate_codebooks": 1e-4,
+    "learning_rate_biases": 1e-4,
+    "schedule": "constant",
+    "freeze_from": 1.0,
+    "freeze_by": 1.0,
+}
 PAPER = dict(**_PUBLISHED, ratio_start="uniform", regularizer="paper", codebook_training="together", lambda_r=0.1)
 """The paper's form. Its lambdas are unknown; docs/calibration.md says how this lambda_r was found."""
 

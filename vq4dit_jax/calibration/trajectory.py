@@ -30,6 +30,7 @@ class Trajectory:
 class Batch:
     """What the student is shown, and what the teacher made of it. R = 2B rows: B with labels, then B with the null label."""
 
+    i: Any  # int32 (), into the schedule
     x: Float[Array, "R H W C"]
     t: Int[Array, " R"]
     y: Int[Array, " R"]
@@ -61,4 +62,4 @@ def advance(
     following = dataclasses.replace(trajectory, x=diffusion.ddpm_step(sched, i, trajectory.x, guided, noise), i=i - 1)
     fresh = begin(network, sched, trajectory.key_data, trajectory.number + 1, count)
     following = jax.tree.map(lambda new, old: jnp.where(i == 0, new, old), fresh, following)
-    return Batch(x, t, y, output, blocks), following
+    return Batch(i, x, t, y, output, blocks), following

@@ -65,11 +65,17 @@ def soften(
 
     `start` "uniform": z = 0, r = 1/n (the paper). "distance": z_i = log(dist_n / (dist_i + 1e-5)) with squared
     distances, z_n = 0, so r is proportional to 1/distance (the released code).
+    With one candidate it is the code that `hard` has, nearest or not, and is frozen.
     """
     if start not in ("uniform", "distance"):
         raise ValueError(f"start={start!r}: wanted 'uniform' or 'distance'")
     rows, columns = hard.shape
     stack, groups = hard.stack, hard.num_groups
+    codebook = jnp.asarray(hard.codebook, jnp.float32)
+    if num_candidates == 1:
+        candidates = jnp.expand_dims(hard.codes(), len(stack))
+        frozen = jnp.ones((*stack, *candidates.shape[-2:]), bool)
+        return SoftVQArray(codebook, candidates, jnp.zeros(candidates.shape, jnp.float32), frozen, hard.shape)
     codebooks = np.asarray(hard.codebook, np.float32).reshape(-1, hard.num_codewords, hard.subvector_length)
     vectors = np.asarray(weight, np.float32).reshape(len(codebooks), -1, hard.subvector_length)
     found = [nearest_codewords(v, c, num_candidates) for v, c in zip(vectors, codebooks, strict=True)]
@@ -88,5 +94,4 @@ def soften(
         last = distances.take([-1], axis=len(stack))
         logits = (np.log(last + 1e-5) - np.log(distances + 1e-5)).astype(np.float32)
     frozen = np.zeros((*stack, rows, candidates.shape[-1]), bool)
-    codebook = jnp.asarray(hard.codebook, jnp.float32)
     return SoftVQArray(codebook, jnp.asarray(candidates), jnp.asarray(logits), jnp.asarray(frozen), hard.shape)

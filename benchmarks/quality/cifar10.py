@@ -1,0 +1,38 @@
+"""The built-in CIFAR-10 DiT: full precision, the baselines, the published forms of VQ4DiT, and ours, 4 bits to 1 bit.
+
+All that calibrate have 500 steps of batch 16; DDPM of 50 steps, guidance 1.5; 5,100 images a row.
+Costs: on two CPU cores that have nothing else to do, 35 minutes of sampling a row (of all seeds), 13 hours for all 23;
+       and the calibrations.
+"""
+
+from benchmarks.quality.rows import Row, Table
+from vq4dit_jax.baselines import codebook_only, dkm
+from vq4dit_jax.config import cifar10
+
+OURS = "configs/cifar10_w2.py"
+PAPER = "configs/paper/cifar10_w2.py"
+RELEASED = "configs/released/cifar10_w2.py"
+PQF = {f"calibration.{name}": value for name, value in codebook_only.RECIPE.items()}
+DKM = {f"calibration.{name}": value for name, value in dkm.RECIPE.items()}
+
+
+def get_config() -> Table:
+    base = cifar10()
+    base.calibration.steps = 500
+    base.calibration.batch = 16
+    base.sample.num_images = 5100
+    base.sample.steps = 50
+    base.sample.batch = 10  # two virtual devices with 8 to 16 images each are what two cores are fastest with
+    rows = [Row("fp", "full precision", "fp")]
+    rows += [Row(f"rtn_w{b}_g64", "round to nearest, groups of 64", "rtn", b, group=64) for b in (4, 3, 2)]
+    rows += [Row(f"rtn_w{b}_channel", "round to nearest, per channel", "rtn", b) for b in (4, 2)]
+    rows += [Row(f"gptq_w{b}_g64", "GPTQ, groups of 64", "gptq", b, group=64) for b in (4, 3, 2)]
+    rows += [Row(f"kmeans_w{b}", "k-means", "kmeans", b, config=OURS) for b in (4, 3, 2)]
+    rows += [
+        Row(f"pqf_w{b}", "k-means, codebooks tuned (PQF)", "vq4dit", b, config=OURS, overrides=PQF) for b in (3, 2)
+    ]
+    rows += [Row("dkm_w2", "differentiable k-means (DKM)", "dkm", 2, config=OURS, overrides=DKM)]
+    rows += [Row(f"released_w{b}", "VQ4DiT, released code's form", "vq4dit", b, config=RELEASED) for b in (3, 2)]
+    rows += [Row("paper_w2", "VQ4DiT, paper's form", "vq4dit", 2, config=PAPER)]
+    rows += [Row(f"ours_w{b:g}".replace(".", "p"), "ours", "vq4dit", b, config=OURS) for b in (4, 3, 2, 1.5, 1)]
+    return Table(base.lock(), tuple(rows))

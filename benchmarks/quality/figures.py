@@ -1,0 +1,138 @@
+"""Figures of the samples: of each seed's, and of all seeds' together; and the table's JSON from all that is done."""
+
+import functools
+import json
+import pathlib
+import statistics
+from typing import Any
+
+import numpy as np
+
+from benchmarks.quality import stages
+from benchmarks.quality.rows import Case, Row, Table, cases
+from vq4dit_jax import config as configs
+from vq4dit_jax import evaluation, files, generation, sources
+from vq4dit_jax.evaluation.images import checksum
+from vq4dit_jax.evaluation.tfgan import IS_SPLIT
+
+QUALITY = ("fd", "sfd", "is", "precision", "recall", "psnr_to_fp_db")
+"""Of samples; the other figures of a seed are its model's."""
+_READ_AT_ONCE = 1000
+
+
+class Evaluator:
+    """Evaluates images, and keeps what it has found beside them, under the checksums of all that it depends on."""
+
+    def __init__(self, table: Table):
+        self.names = {name: table.base.evaluation[name] for name in ("classifier", "reference")}
+
+    @functools.cached_property
+    def judge(self) -> sources.Judge:
+        if not all(self.names.values()):
+            return sources.Judge(reason="no feature network is configured")
+        return sources.open_judge(*map(sources.locate, self.names.values()))
+
+    def __call__(self, images: pathlib.Path, originals: pathlib.Path | None) -> dict[str, Any]:
+        """`evaluation.evaluate` of an `.npz`; `originals` are full precision's of the same seeds, where there are any."""
+        known = originals is not None and originals.exists()
+        of = {"images": checksum(images), "full_precision": checksum(originals) if known else None, **self.names}
+        kept = images.with_name("figures.json")
+        if kept.exists() and (found := _read(kept))["of"] == of:
+            return found["figures"]
+        judge = self.judge
+        found, reasons = evaluation.evaluate_with_reasons(
+            images, judge.classifier, judge.reference, originals if known else None
+        )
+        if found["num_images"] > IS_SPLIT and found["num_images"] % IS_SPLIT:
+            found["is"], reasons["is"] = None, f"{found['num_images']} images are no whole splits of {IS_SPLIT}"
+        figures = {**found, "reasons": reasons}
+        files.write_json(kept, {"of": of, "figures": figures})
+        return figures
+
+
+def collect(table: Table, seeds: int, workdir: pathlib.Path) -> dict[str, Any]:
+    """The rows that are done at every seed, with their figures, and what is missing of the others.
+
+    A row has: what it is; "size"; "seeds", a list of the figures of each; their "mean" and "std" (of a sample: N - 1);
+    "pooled", the figures of all seeds' images as one set. A Frechet distance falls with the number of images, so those
+    of one seed compare with those of one seed, and pooled ones with pooled ones.
+    """
+    evaluate, rows, missing = Evaluator(table), [], []
+    reference = next((row for row in table.rows if row.method == "fp"), None)
+    for row in table.rows:
+        every = cases(table, row, seeds, workdir)
+        lacking = [{"row": row.name, "seed": case.seed, "what": what} for case in every if (what := _lacks(case))]
+        if lacking:
+            missing += lacking
+            continue
+        originals = None if row is reference or reference is None else cases(table, reference, seeds, workdir)
+        rows.append(_row(row, every, originals, evaluate))
+    base = configs.as_json(table.base)
+    kept = {name: base[name] for name in ("seed", "model", "sample", "evaluation")}
+    kept["calibration"] = {name: base["calibration"][name] for name in ("steps", "batch")}
+    images = table.base.sample.num_images
+    return {"seeds": seeds, "images": images, "config": kept, "rows": rows, "missing": missing}
+
+
+def _lacks(case: Case) -> str | None:
+    for folder, definition in ((case.model, case.made_from), (case.samples, case.sampled_from)):
+        if differing := stages.changed(folder, definition):
+            return f"{folder} was made from something else: {differing[0]}"
+    return next((f"{stage} is not done" for stage in stages.STAGES if not stages.is_done(case, stage)), None)
+
+
+def _row(row: Row, every: list[Case], originals: list[Case] | None, evaluate: Evaluator) -> dict[str, Any]:
+    found = [_seed(case, originals and originals[case.seed].images, evaluate) for case in every]
+    numeric = [name for name, value in found[0].items() if name in QUALITY or isinstance(value, float)]
+    values = {name: [seed[name] for seed in found if seed[name] is not None] for name in numeric}
+    pooled = evaluate(_join(every), originals and _join(originals))
+    return {
+        "name": row.name,
+        "label": row.label,
+        "method": row.method,
+        "bits": row.bits,
+        "group": row.group,
+        "config": row.config,
+        "overrides": dict(row.overrides),
+        "size": _read(every[0].model / "figures.json")["size"],
+        "pooled": {name: pooled[name] for name in (*QUALITY, "num_images", "features", "reasons")},
+        "mean": {name: statistics.fmean(v) if v else None for name, v in values.items()},
+        "std": {name: statistics.stdev(v) if len(v) > 1 else None for name, v in values.items()},
+        "seeds": found,
+    }
+
+
+def _seed(case: Case, originals: pathlib.Path | None, evaluate: Evaluator) -> dict[str, Any]:
+    """The figures of one seed, flat."""
+    model, quality = _read(case.model / "figures.json"), evaluate(case.images, originals)
+    made, sampled = (_read(folder / "definition.json") for folder in (case.model, case.samples))
+    return {
+        "seed": case.seed,
+        "first_image": case.seed * case.num_images,
+        "num_images": quality["num_images"],
+        **{name: quality[name] for name in QUALITY},
+        **model["held_out"],
+        **{f"{name}_s": float(value) for name, value in model["seconds"].items()},
+        "peak_gb": model["peak_bytes"] and model["peak_bytes"] / 1e9,
+        "commit": made["commit"],
+        "date": made["date"],
+        "devices": {"model": made["devices"], "samples": sampled["devices"]},
+    }
+
+
+def _join(every: list[Case]) -> pathlib.Path:
+    """One `.npz` of all seeds' images, in their order; written anew where one of them is newer, not where one lacks."""
+    target = every[0].model.parent.parent / "pooled" / "images.npz"
+    parts = [case.images for case in every]
+    if not all(part.exists() for part in parts):
+        files.remove(target)
+    elif not target.exists() or target.stat().st_mtime_ns < max(part.stat().st_mtime_ns for part in parts):
+        opened = [evaluation.open_images(part) for part in parts]
+        shape = (sum(map(len, opened)), *opened[0].shape[1:])
+        batches = (batch for images in opened for batch in images.batches(_READ_AT_ONCE))
+        generation.write_npz(target, shape, np.uint8, batches)
+    return target
+
+
+def _read(path: pathlib.Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))

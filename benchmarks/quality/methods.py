@@ -1,0 +1,104 @@
+"""The methods of the table: from a run's config to a model and what its packed form weighs."""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from vq4dit_jax import baselines, calibration, checkpoint, quantization
+from vq4dit_jax import config as configs
+from vq4dit_jax.calibration.moments import input_moments
+from vq4dit_jax.pipeline import Pipeline
+
+TRAJECTORIES = 1
+"""Stream of a run's seed, numbered as in `pipeline`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Made:
+    """A model.
+
+    Attributes:
+      params: a tree that `checkpoint.save_quantized` takes: `VQArray` leaves, or dense ones of weights on a grid.
+      sizes: bytes of its packed form.
+      seconds: "quantize" and "calibrate".
+    """
+
+    params: Any
+    sizes: quantization.Sizes
+    seconds: dict[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """How a model is made, and what of its row decides it beside the teacher (names in `rows.Case.made_from`)."""
+
+    make: Callable[[Pipeline, float, int | None], Made]
+    reads: tuple[str, ...]
+
+
+def full_precision(run: Pipeline, bits: float, group: int | None) -> Made:
+    _, teacher = run.teacher
+    return Made(teacher, quantization.sizes(teacher), {})
+
+
+def kmeans(run: Pipeline, bits: float, group: int | None) -> Made:
+    run.quantize()
+    return Made(run.kmeans, quantization.sizes(run.kmeans), {"quantize": run.dir.done()["quantize"]})
+
+
+def vq4dit(run: Pipeline, bits: float, group: int | None) -> Made:
+    """Any form of it: the config says which."""
+    run.quantize()
+    run.calibrate()
+    _, params, _ = checkpoint.load_quantized(run.dir.calibration / "hard")
+    steps = calibration.read_log(run.dir.log)
+    seconds = {"quantize": run.dir.done()["quantize"], "calibrate": sum(line["seconds"] for line in steps)}
+    return Made(params, quantization.sizes(params), seconds)
+
+
+def dkm(run: Pipeline, bits: float, group: int | None) -> Made:
+    run.quantize()
+    model, teacher = run.teacher
+    begun = time.perf_counter()
+    params, _ = baselines.dkm.calibrate(
+        model, teacher, run.kmeans, key=run.key(TRAJECTORIES), recipe=configs.recipe(run.config)
+    )
+    params = jax.block_until_ready(params)
+    seconds = {"quantize": run.dir.done()["quantize"], "calibrate": time.perf_counter() - begun}
+    return Made(params, quantization.sizes(params), seconds)
+
+
+def round_to_nearest(run: Pipeline, bits: float, group: int | None) -> Made:
+    begun = time.perf_counter()
+    made = baselines.rtn(run.teacher[1], int(bits), group, other_dtype=run.config.quantize.other_dtype)
+    return Made(made.params, made.sizes, {"quantize": time.perf_counter() - begun})
+
+
+def gptq(run: Pipeline, bits: float, group: int | None) -> Made:
+    """Moments of one trajectory with the batch, steps and guidance of the table's calibration."""
+    model, teacher = run.teacher
+    c, begun = run.config.calibration, time.perf_counter()
+    moments = input_moments(
+        model,
+        teacher,
+        [path for path, parts in quantization.plan(teacher, quantization.dit_rules(2)).items() if parts[0].spec],
+        key=run.key(TRAJECTORIES),
+        images=c.batch,
+        num_steps=c.trajectory_steps,
+        cfg_scale=c.cfg_scale,
+    )
+    made = baselines.gptq(teacher, moments, int(bits), group, other_dtype=run.config.quantize.other_dtype)
+    return Made(made.params, made.sizes, {"quantize": time.perf_counter() - begun})
+
+
+METHODS = {
+    "fp": Method(full_precision, ()),
+    "rtn": Method(round_to_nearest, ("bits", "group", "other_dtype")),
+    "gptq": Method(gptq, ("seed", "bits", "group", "other_dtype", "moments")),
+    "kmeans": Method(kmeans, ("seed", "quantize")),
+    "dkm": Method(dkm, ("seed", "quantize", "calibration")),
+    "vq4dit": Method(vq4dit, ("seed", "quantize", "calibration")),
+}

@@ -1,0 +1,157 @@
+"""What a child process does: makes the model of a case, or its samples. Killed anywhere and started again, it goes on."""
+
+import contextlib
+import dataclasses
+import datetime
+import fcntl
+import json
+import pathlib
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import record
+from benchmarks.quality.methods import METHODS
+from benchmarks.quality.rows import HELD_OUT, SAMPLES, Case
+from vq4dit_jax import checkpoint, files, generation, provenance, quantization, sources
+from vq4dit_jax import config as configs
+from vq4dit_jax.calibration import held_out_agreement
+from vq4dit_jax.errors import InputError
+from vq4dit_jax.pipeline import Pipeline
+from vq4dit_jax.reporting.markup import figure
+from vq4dit_jax.workdir import Workdir
+
+
+@dataclasses.dataclass(frozen=True)
+class Share(generation.Plan):
+    """A plan of the images from number `first` on."""
+
+    first: int = 0
+
+    def indices(self, shard: int) -> np.ndarray:
+        return self.first + super().indices(shard)
+
+
+def quantize(case: Case) -> None:
+    """Writes `packed/` (orbax) and then `figures.json`, which says that the model is done."""
+    with _lock(case):
+        claim(case.model, case.made_from)
+        if case.model_is_done:
+            return
+        run = Pipeline(case.config, Workdir(case.model / "run"), "python -m benchmarks.quality")
+        with run.dir.claim(run.resolved):
+            model, teacher = run.teacher
+            made = METHODS[case.row.method].make(run, case.row.bits, case.row.group)
+        peak = peak_bytes()
+        checkpoint.save_quantized(case.model / "packed", model, made.params)
+        held_out = held_out_agreement(
+            model, teacher, {"this": dense(made.params)}, case.table.base.sample.cfg_scale, case.key(HELD_OUT)
+        )
+        l_d, noise_error = held_out["this"]
+        figures = {
+            "size": size_figures(made.sizes),
+            "held_out": {"l_d": figure(l_d), "noise_error": figure(noise_error)},
+            "seconds": {name: round(value, 3) for name, value in made.seconds.items()},
+            "peak_bytes": peak,
+        }
+        files.write_json(case.model / "figures.json", figures)
+        files.remove(case.model / "run" / "calibration")  # the optimizer's state, larger than the model
+
+
+def sample(case: Case) -> None:
+    """Writes the case's images, from dense float32 weights: on a CPU as fast as packed ones, and what all methods have."""
+    with _lock(case):
+        if not case.model_is_done:
+            raise InputError(f"{case.model}: there is no finished model to sample; add quantize to --stages")
+        claim(case.samples, case.sampled_from)
+        if case.images.exists():
+            return
+        model, params, _ = checkpoint.load_quantized(case.model / "packed")
+        c = case.table.base.sample
+        generation.generate(
+            Share(
+                case.num_images, c.batch, c.labels, c.sampler, c.steps, c.cfg_scale, first=case.seed * case.num_images
+            ),
+            model,
+            dense(params),
+            case.key(SAMPLES),
+            case.images,
+            sources.open_decoder(sources.locate(case.table.base.model.vae), model.in_channels)[0],
+            case.name,
+        )
+
+
+STAGES = {"quantize": quantize, "sample": sample}
+
+
+def is_done(case: Case, stage: str) -> bool:
+    return case.model_is_done if stage == "quantize" else case.images.exists()
+
+
+def dense(params: Any) -> Any:
+    """All of a tree in float32: its values are those of the stored types."""
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), quantization.dequantize(params, jnp.float32))
+
+
+def size_figures(sizes: quantization.Sizes) -> dict[str, float | int]:
+    """Bytes by kind, and bits over the quantized weights (codes, codebooks, scales) and over all parameters (all bytes)."""
+    whole = sizes.assignment_bytes + sizes.codebook_bytes + sizes.other_bytes
+    every = 8 * whole / sizes.parameters
+    return {
+        **dataclasses.asdict(sizes),
+        "bytes": whole,
+        "bits_per_quantized_weight": sizes.bits_per_quantized_weight if sizes.quantized_parameters else every,
+        "bits_per_parameter": every,
+    }
+
+
+def claim(folder: pathlib.Path, definition: dict[str, Any]) -> None:
+    """Writes beside a result what it is made from, or refuses where it was made from something else."""
+    check(folder, definition)
+    file = folder / "definition.json"
+    if not file.exists():
+        made = {
+            "definition": definition,
+            "commit": record.commit(),
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "devices": provenance.devices(),
+            "versions": provenance.versions(),
+        }
+        files.write_json(file, made)
+
+
+def check(folder: pathlib.Path, definition: dict[str, Any]) -> None:
+    """InputError where `folder` holds what was made from another definition."""
+    if differing := changed(folder, definition):
+        shown = ", ".join(differing[:3]) + (", ..." if len(differing) > 3 else "")
+        raise InputError(f"{folder} was made from something else: {shown}; remove that folder to make it anew")
+
+
+def changed(folder: pathlib.Path, definition: dict[str, Any]) -> list[str]:
+    """Where the definition in `folder` differs from this one."""
+    file = folder / "definition.json"
+    if not file.exists():
+        return []
+    theirs = json.loads(file.read_text(encoding="utf-8"))["definition"]
+    return configs.differences(json.loads(json.dumps(definition)), theirs)
+
+
+@contextlib.contextmanager
+def _lock(case: Case) -> Iterator[None]:
+    """Waits until no other process is at this case."""
+    folder = case.model.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def peak_bytes() -> int | None:
+    """Most memory that this process has had resident. Of Linux alone: `getrusage` counts the parent's before `exec`."""
+    status = pathlib.Path("/proc/self/status")
+    found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    return int(found[1]) * 1024 if found else None

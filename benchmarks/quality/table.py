@@ -1,0 +1,111 @@
+"""The collected figures for people: two markdown tables, quality and cost."""
+
+from typing import Any
+
+from vq4dit_jax.reporting.markup import DASH, fixed, number
+
+
+def markdown(result: dict[str, Any]) -> str:
+    rows, images, seeds = result["rows"], result["images"], result["seeds"]
+    share = images // seeds
+    c = result["config"]
+    exact = next((row["pooled"]["fd"] for row in rows if row["method"] == "fp"), None)
+    lines = [
+        f"# Quality by method and bits, {c['model']['checkpoint'] or c['model']['variant']}",
+        "",
+        f"{images:,} images a row: {seeds} seeds of {share:,}, {c['sample']['sampler'].upper()} in {c['sample']['steps']} "
+        f"steps, guidance {c['sample']['cfg_scale']:g}. Methods that calibrate have {c['calibration']['steps']} steps of "
+        f"batch {c['calibration']['batch']}.",
+        "",
+        f"*Pooled*: of all {images:,} images as one set. *Seeds*: mean ± standard deviation of the figures of {seeds} sets of "
+        f"{share:,} images, each from a model of its own seed. Frechet distances of {share:,} images are biased upward against "
+        f"those of {images:,}, in all rows alike: compare pooled with pooled, seeds with seeds.",
+        "",
+        "## Quality",
+        "",
+    ]
+    head = ["Method", "Bits (W)", "FD ↓ pooled", "to full precision", "FD ↓ seeds", "sFD ↓ pooled", "IS ↑ seeds",
+            "Precision ↑ pooled", "Recall ↑ pooled", "PSNR ↑ pooled, dB", "Noise error ↓ seeds"]  # fmt: skip
+    lines += _table(head, [_quality(row, exact) for row in rows])
+    lines += [
+        "",
+        "Bits: of a quantized weight, codes, codebooks and scales counted. PSNR: median over images, to full precision's of "
+        "the same noise and class. Noise error: relative L2 error of the guided noise prediction on one held-out trajectory.",
+        "",
+        "## Size and cost",
+        "",
+    ]
+    head = ["Method", "Nominal bits", "Bits (W)", "Bits of all parameters", "MB", "L_d ↓ seeds", "Quantize, s", "Calibrate, s",
+            "Peak memory, GB"]  # fmt: skip
+    lines += _table(head, [_cost(row) for row in rows])
+    lines += ["", "MB: packed, with all that is kept in 16 or 32 bits. Seconds and memory: means over seeds."]
+    if features := next((row["pooled"]["features"] for row in rows), None):
+        lines += ["", f"Features: {features}."]
+    reasons = {f"{name}: {why}" for row in rows for name, why in row["pooled"]["reasons"].items()
+               if name not in ("is", "psnr_to_fp_db")}  # fmt: skip
+    lines += ["", *(f"{DASH} {reason}.  " for reason in sorted(reasons))] if reasons else []
+    if result["missing"]:
+        lines += ["", f"Missing: {_missing(result['missing'])}."]
+    commits = sorted({seed["commit"] or "unknown" for row in rows for seed in row["seeds"]})
+    if commits:
+        devices = sorted({place for row in rows for seed in row["seeds"] for place in seed["devices"].values()})
+        lines += ["", f"Models made at {', '.join(commits)}, on {' and '.join(devices)}."]
+    return "\n".join([*lines, "", f"Made by `{result['command']}`.", ""])
+
+
+def _missing(items: list[dict[str, Any]]) -> str:
+    """ "ours_w2 seeds 1, 2 (sample is not done); ..."."""
+    seeds: dict[tuple[str, str], list[str]] = {}
+    for item in items:
+        seeds.setdefault((item["row"], item["what"]), []).append(str(item["seed"]))
+    return "; ".join(
+        f"{row} seed{'s' * (len(numbers) > 1)} {', '.join(numbers)} ({what})" for (row, what), numbers in seeds.items()
+    )
+
+
+def _table(head: list[str], rows: list[list[str]]) -> list[str]:
+    return [_line(head), _line(["---"] * len(head)), *map(_line, rows)]
+
+
+def _line(cells: list[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _spread(row: dict[str, Any], name: str, digits: int = 4) -> str:
+    mean, std = row["mean"].get(name), row["std"].get(name)
+    return number(mean, digits) if std is None else f"{number(mean, digits)} ± {number(std, 2)}"
+
+
+def _quality(row: dict[str, Any], exact: float | None) -> list[str]:
+    pooled = row["pooled"]
+    gap = DASH
+    if exact and pooled["fd"] is not None and row["method"] != "fp":
+        gap = f"{100 * (pooled['fd'] / exact - 1):+.1f} %"
+    return [
+        row["label"],
+        fixed(row["size"]["bits_per_quantized_weight"], 2),
+        number(pooled["fd"], 4),
+        gap,
+        _spread(row, "fd"),
+        number(pooled["sfd"], 4),
+        _spread(row, "is"),
+        fixed(pooled["precision"], 4),
+        fixed(pooled["recall"], 4),
+        fixed(pooled["psnr_to_fp_db"], 1),
+        _spread(row, "noise_error", 3),
+    ]
+
+
+def _cost(row: dict[str, Any]) -> list[str]:
+    size, mean = row["size"], row["mean"]
+    return [
+        row["label"],
+        f"{row['bits']:g}",
+        fixed(size["bits_per_quantized_weight"], 3),
+        fixed(size["bits_per_parameter"], 3),
+        fixed(size["bytes"] / 1e6, 3),
+        _spread(row, "l_d", 3),
+        fixed(mean.get("quantize_s"), 1),
+        fixed(mean.get("calibrate_s"), 0),
+        fixed(mean.get("peak_gb"), 2),
+    ]

@@ -1,0 +1,177 @@
+"""Codebooks and assignments for a layer's outputs: descent, its two halves against numpy, feedback against the textbook."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vq4dit_jax.calibration import allocate
+from vq4dit_jax.errors import InputError
+from vq4dit_jax.quantization import VQSpec
+from vq4dit_jax.vq import layerwise
+
+
+def problem(rows=24, columns=16, groups=2, codewords=8, d=4, seed=0):
+    """A layer whose inputs are correlated, and a codebook of some of its own sub-vectors."""
+    rng = np.random.default_rng(seed)
+    weight = rng.standard_normal((rows, columns)).astype(np.float32)
+    inputs = rng.standard_normal((200, columns)) @ (np.eye(columns) + 0.7 * rng.standard_normal((columns, columns)))
+    moments = np.asarray(layerwise.condition(jnp.asarray(inputs.T @ inputs / 200, jnp.float32)))
+    own = weight.reshape(groups, -1, d)
+    codebook = np.stack([v[rng.choice(len(v), codewords, replace=False)] for v in own])
+    codes = rng.integers(0, codewords, (rows, columns // d)).astype(np.int32)
+    return tuple(map(jnp.asarray, (weight, moments, codebook, codes)))
+
+
+def decoded(codebook, codes):
+    per_row = np.repeat(np.asarray(codebook), len(codes) // len(codebook), axis=0)
+    return np.take_along_axis(per_row, np.asarray(codes)[..., None], 1).reshape(len(codes), -1)
+
+
+def numpy_error(weight, moments, codebook, codes):
+    w, h = np.asarray(weight, np.float64), np.asarray(moments, np.float64)
+    lost = w - decoded(codebook, codes)
+    return np.trace(lost @ h @ lost.T) / np.trace(w @ h @ w.T)
+
+
+def test_the_error_is_that_of_the_outputs():
+    weight, moments, codebook, codes = problem()
+    np.testing.assert_allclose(
+        float(layerwise.error(weight, moments, codebook, codes)),
+        numpy_error(weight, moments, codebook, codes),
+        rtol=1e-5,
+    )
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_neither_half_raises_the_error(seed):
+    weight, moments, codebook, codes = problem(seed=seed)
+    errors = [numpy_error(weight, moments, codebook, codes)]
+    for _ in range(4):
+        codes = layerwise.descend(weight, moments, codebook, codes)
+        errors.append(numpy_error(weight, moments, codebook, codes))
+        codebook = layerwise.fit_codebook(weight, moments, codebook, codes)
+        errors.append(numpy_error(weight, moments, codebook, codes))
+    assert all(b <= a * (1 + 1e-5) for a, b in itertools.pairwise(errors))
+    assert errors[-1] < 0.5 * errors[0]
+
+
+def test_descent_ends_where_no_single_code_can_be_bettered():
+    weight, moments, codebook, codes = problem(rows=6, columns=8, groups=1)
+    for _ in range(20):
+        codes = layerwise.descend(weight, moments, codebook, codes)
+    best = numpy_error(weight, moments, codebook, codes)
+    for row, place, code in itertools.product(range(6), range(2), range(8)):
+        other = np.array(codes)
+        other[row, place] = code
+        assert numpy_error(weight, moments, codebook, other) >= best * (1 - 1e-5)
+
+
+def test_without_correlation_the_halves_are_those_of_lloyds_iteration():
+    weight, _, codebook, codes = problem()
+    identity = jnp.eye(16)
+    vectors = np.asarray(weight).reshape(2, -1, 4)
+    distances = np.square(vectors[:, :, None] - np.asarray(codebook)[:, None]).sum(-1)
+    nearest = distances.argmin(-1).reshape(24, 4)
+    np.testing.assert_array_equal(np.asarray(layerwise.descend(weight, identity, codebook, codes)), nearest)
+    np.testing.assert_array_equal(np.asarray(layerwise.feedback(weight, identity, codebook)), nearest)
+    fitted = np.asarray(layerwise.fit_codebook(weight, identity, codebook, jnp.asarray(nearest, jnp.int32)))
+    labels = nearest.reshape(2, -1)
+    for group, code in itertools.product(range(2), range(8)):
+        members = vectors[group][labels[group] == code]
+        wanted = members.mean(0) if len(members) else np.asarray(codebook)[group, code]
+        np.testing.assert_allclose(fitted[group, code], wanted, atol=1e-5)
+
+
+def test_the_fitted_codebook_is_the_least_squares_solution():
+    weight, moments, codebook, codes = problem(rows=40, groups=1, codewords=4)
+    found = layerwise.fit_codebook(weight, moments, codebook, codes, steps=60)
+    # vec(C[A]) = P vec(C); minimise |(W - C[A]) H^1/2| by numpy.
+    root = np.linalg.cholesky(np.asarray(moments, np.float64))
+    columns = []
+    for k, j in itertools.product(range(4), range(4)):
+        unit = np.zeros((1, 4, 4))
+        unit[0, k, j] = 1
+        columns.append((decoded(unit, codes) @ root).ravel())
+    wanted = np.linalg.lstsq(np.stack(columns, 1), (np.asarray(weight, np.float64) @ root).ravel(), rcond=None)[0]
+    np.testing.assert_allclose(np.asarray(found).ravel(), wanted, atol=2e-3)
+
+
+def test_feedback_is_gptq_with_a_codebook_in_float64():
+    weight, moments, codebook, _ = problem(groups=1)
+    factor = np.linalg.cholesky(np.linalg.inv(np.asarray(moments, np.float64))).T
+    left, wanted = np.asarray(weight, np.float64).copy(), np.zeros((24, 4), int)
+    for b in range(4):
+        own, right = slice(4 * b, 4 * b + 4), slice(4 * b + 4, None)
+        inverse = np.linalg.inv(factor[own, own])
+        offsets = (left[:, None, own] - np.asarray(codebook)[0][None]) @ inverse
+        wanted[:, b] = np.square(offsets).sum(-1).argmin(-1)
+        left[:, right] -= offsets[np.arange(24), wanted[:, b]] @ factor[own, right]
+    np.testing.assert_array_equal(np.asarray(layerwise.feedback(weight, moments, codebook)), wanted)
+
+
+def test_rows_and_groups_do_not_see_each_other():
+    weight, moments, codebook, _ = problem()
+    together = layerwise.solve(weight, moments, codebook)
+    order = np.random.default_rng(1).permutation(12)
+    shuffled = layerwise.solve(weight[jnp.asarray([*order, *range(12, 24)])], moments, codebook)
+    np.testing.assert_array_equal(np.asarray(shuffled[1])[:12], np.asarray(together[1])[order])
+    for group in range(2):
+        alone = layerwise.solve(weight[12 * group : 12 * group + 12], moments, codebook[group : group + 1])
+        np.testing.assert_array_equal(np.asarray(alone[1]), np.asarray(together[1])[12 * group : 12 * group + 12])
+        np.testing.assert_allclose(np.asarray(alone[0])[0], np.asarray(together[0])[group], atol=1e-4)
+
+
+def test_a_codeword_that_nobody_uses_stays():
+    weight, moments, codebook, codes = problem(groups=1)
+    codes = jnp.where(codes == 3, 4, codes)
+    fitted = layerwise.fit_codebook(weight, moments, codebook, codes)
+    np.testing.assert_array_equal(np.asarray(fitted)[0, 3], np.asarray(codebook)[0, 3])
+
+
+def layer(path, share, spec=(256, 4), rows=768, columns=192):
+    return allocate.Layer(path, rows, columns, VQSpec(*spec), share)
+
+
+LAYERS = [layer("blocks/0/a", 0.5), layer("blocks/1/a", 0.01), layer("blocks/0/b", 0.1, rows=1152)]
+
+
+def cost(chosen, layers, codebook_bits=16):
+    bits = sum(each.bits(chosen[each.path], codebook_bits) for each in layers)
+    return bits, sum(each.menu()[chosen[each.path]] for each in layers)
+
+
+@pytest.mark.parametrize("bits", [1.0, 1.5, 2.1, 3.0])
+def test_an_allocation_keeps_its_budget_and_none_is_better_for_its_bits(bits):
+    budget = int(bits * sum(each.rows * each.columns for each in LAYERS))
+    chosen = allocate.spread(LAYERS, budget, 16)
+    size, error = cost(chosen, LAYERS)
+    assert size <= budget
+    every = itertools.product(*(each.menu() for each in LAYERS))
+    for specs in every:
+        other = cost(dict(zip([each.path for each in LAYERS], specs, strict=True)), LAYERS)
+        assert other[0] > size or other[1] >= error * (1 - 1e-9)
+
+
+def test_what_costs_most_gets_most_and_together_means_alike():
+    budget = int(2.1 * sum(each.rows * each.columns for each in LAYERS))
+    rate = lambda spec: np.log2(spec.codewords) / spec.subvector
+    chosen = allocate.spread(LAYERS, budget, 16)
+    assert rate(chosen["blocks/0/a"]) > rate(chosen["blocks/0/b"]) > rate(chosen["blocks/1/a"])
+    alike = allocate.spread(LAYERS, budget, 16, together=True)
+    assert alike["blocks/0/a"] == alike["blocks/1/a"] and cost(alike, LAYERS)[0] <= budget
+
+
+def test_a_budget_below_the_least_is_refused():
+    with pytest.raises(InputError, match="the least that the layers can have"):
+        allocate.spread(LAYERS, 1000, 16)
+
+
+def test_rules_match_their_paths_alone():
+    rules = allocate.rules({"blocks/1/mlp/fc1/kernel": VQSpec(64, 2)})
+    from vq4dit_jax.quantization import spec_of
+
+    assert spec_of("blocks/1/mlp/fc1/kernel", rules) == VQSpec(64, 2)
+    assert spec_of("blocks/11/mlp/fc1/kernel", rules) is None

@@ -1,0 +1,109 @@
+"""Second moments of the inputs of Linears: against what one finds by hand."""
+
+import dataclasses
+
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from models import tiny
+
+from vq4dit_jax import calibration, diffusion
+from vq4dit_jax.calibration.moments import Probe, input_moments
+from vq4dit_jax.errors import InputError
+from vq4dit_jax.models.dit import layer_norm, modulate
+from vq4dit_jax.models.linear import linear
+
+KERNELS = ("attn/qkv", "attn/proj", "mlp/fc1", "mlp/fc2", "adaLN_modulation/1")
+PATHS = [f"blocks/{name}/kernel" for name in KERNELS]
+STEPS, TRAJECTORIES = 2, 2
+NETWORK = calibration.as_network(tiny()[0])
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    return tiny()[1]
+
+
+@pytest.fixture(scope="module")
+def moments(teacher):
+    how = dict(key=jax.random.key(3), images=2, num_steps=STEPS, trajectories=TRAJECTORIES)
+    return input_moments(tiny()[0], teacher, PATHS, **how)
+
+
+@pytest.fixture(scope="module")
+def seen(teacher):
+    """The batches that `moments` were collected on."""
+    sched = diffusion.make_schedule(STEPS)
+    advance = jax.jit(lambda where: calibration.advance(NETWORK, teacher, sched, 1.5, where))
+    where = calibration.begin(NETWORK, sched, jax.random.key_data(jax.random.key(3)), jnp.int32(0), 2)
+    batches = []
+    for _ in range(STEPS * TRAJECTORIES):
+        batch, where = advance(where)
+        batches.append(batch)
+    return batches
+
+
+def test_moments_are_those_of_inputs_collected_by_hand(teacher, seen, moments):
+    """The first block reads what the embedders alone make: silu(c), and the modulated tokens. Every block reads silu(c)."""
+    model, _ = tiny()
+    adaln = jax.tree.map(lambda a: a[0], teacher["blocks"]["adaLN_modulation"]["1"])
+
+    @jax.jit
+    def inputs(batch):
+        c = jax.nn.silu(model.apply({"params": teacher}, batch.t, batch.y, method="conditioning"))
+        shift, scale, *_ = jnp.split(linear(c, adaln["kernel"], adaln["bias"]), 6, axis=-1)
+        tokens = model.apply({"params": teacher}, batch.x, method="_tokens")
+        return c, modulate(layer_norm(tokens, 1e-6), shift, scale).reshape(-1, 32)
+
+    conditions, tokens = zip(*[[np.asarray(a, np.float64) for a in inputs(batch)] for batch in seen], strict=True)
+    for path, block, rows in (
+        ("blocks/adaLN_modulation/1/kernel", 0, conditions),
+        ("blocks/adaLN_modulation/1/kernel", 1, conditions),
+        ("blocks/attn/qkv/kernel", 0, tokens),
+    ):
+        rows = np.concatenate(rows)
+        wanted = rows.T @ rows / len(rows)
+        np.testing.assert_allclose(np.asarray(moments[path][block]), wanted, rtol=1e-4, atol=1e-5 * wanted.max())
+
+
+def test_every_layer_is_reached_and_has_a_positive_semi_definite_moment(moments):
+    assert list(moments) == PATHS
+    for path, found in moments.items():
+        columns = 64 if "fc2" in path else 32
+        assert found.shape == (2, columns, columns) and found.dtype == jnp.float32
+        found = np.asarray(found, np.float64)
+        np.testing.assert_allclose(found, found.swapaxes(1, 2), rtol=1e-6, atol=1e-6 * found.max())
+        values = np.linalg.eigvalsh(found)
+        assert (values[:, -1] > 1e-3).all() and (values[:, 0] > -1e-5 * values[:, -1]).all()
+    assert not np.allclose(moments[PATHS[0]][0], moments[PATHS[0]][1], rtol=0.1)
+
+
+def test_a_probe_does_not_change_the_network(teacher, seen):
+    flat = flax.traverse_util.flatten_dict(teacher, sep="/")
+    flat |= {path: Probe(flat[path], jnp.zeros((2, *flat[path].shape[1:2] * 2))) for path in PATHS}
+    probed = flax.traverse_util.unflatten_dict(flat, sep="/")
+    output, _ = jax.jit(NETWORK.apply)(probed, seen[0].x, seen[0].t, seen[0].y)
+    np.testing.assert_allclose(np.asarray(output), np.asarray(seen[0].output), rtol=1e-5, atol=1e-5)
+
+
+def test_what_has_no_moments_is_refused(teacher):
+    with pytest.raises(InputError, match="wanted the path of a kernel .*, such as blocks/"):
+        input_moments(NETWORK, teacher, ["blocks/attn/nothing"], key=jax.random.key(0))
+
+    def one_linear(params, x, t, y):
+        out = linear(x, params["used"]["kernel"], None)
+        return out, [out]
+
+    network = calibration.Network(one_linear, (4, 4, 3), 5)
+    eye = {"used": {"kernel": jnp.eye(3)}, "spare": {"kernel": jnp.eye(4)}}
+    with pytest.raises(InputError, match="spare/kernel: the network does not use"):
+        input_moments(network, eye, ["used/kernel", "spare/kernel"], key=jax.random.key(0), images=1, num_steps=1)
+
+    def foreign(params, x, t, y):
+        kernel = params["blocks"]["attn"]["qkv"]["kernel"]
+        return x, [x * jnp.asarray(kernel).mean()]
+
+    with pytest.raises(InputError, match=r"Linears of vq4dit_jax\.models\.linear"):
+        input_moments(dataclasses.replace(NETWORK, apply=foreign), teacher, PATHS, key=jax.random.key(0))

@@ -1,0 +1,309 @@
+"""`python -m benchmarks.quality`: the whole table on a tiny model, resumed where it was killed, and what it refuses."""
+
+import fcntl
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from conftest import ROOT
+from evaluation_cases import images, linear_classifier, needs_tfgan
+from models import tiny
+from safetensors.numpy import save_file
+
+from benchmarks.quality import __main__ as command
+from benchmarks.quality import chart, methods, rows, stages, table
+from convert.facebook import FACEBOOK
+from convert.layout import CONV, LINEAR, POSITIONS
+from vq4dit_jax import baselines, checkpoint, evaluation, generation, pipeline
+
+pytestmark = [pytest.mark.once, needs_tfgan]
+
+_CONFIG = """
+from benchmarks.quality.rows import Row, Table
+from vq4dit_jax.config import cifar10
+
+def get_config():
+    c = cifar10()
+    c.model.checkpoint = {checkpoint!r}
+    c.calibration.update(steps=3, batch=2)
+    c.sample.update(num_images=8, batch=2, steps=2)
+    c.evaluation.update(classifier="linear", reference={reference!r})
+    short = {{"quantize.kmeans_iterations": 2, "calibration.trajectory_steps": 2, "calibration.save_every": 1}}
+    return Table(c.lock(), (
+        Row("fp", "full precision", "fp"),
+        Row("rtn", "round to nearest", "rtn", 4, group=16),
+        Row("kmeans", "k-means", "kmeans", 2),
+        Row("ours", "ours", "vq4dit", 2, config="configs/cifar10_w2.py", overrides=short),
+    ))
+"""
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> pathlib.Path:
+    """A table of a model of two blocks on 8x8 pixels, evaluated with a network that anyone can check."""
+    model, params = tiny()
+    folder = tmp_path_factory.mktemp("quality")
+    back = {LINEAR: lambda w: w.T, CONV: lambda w: w.transpose(3, 2, 0, 1), POSITIONS: lambda w: w[None]}
+    flat, tensors = checkpoint.flatten(params), {}
+    for rule in FACEBOOK.rules:
+        leaf = flat[rule.path]
+        for i, name in enumerate(rule.names(model.depth)):
+            one = leaf[i] if rule.stacked else leaf
+            tensors[name] = np.ascontiguousarray(back.get(rule.kind, lambda w: w)(one))
+    save_file(tensors, folder / "tiny.safetensors", metadata={"num_heads": "2"})
+    np.savez(folder / "real.npz", images(50, seed=2))
+    file = folder / "table.py"
+    file.write_text(_CONFIG.format(checkpoint=str(folder / "tiny.safetensors"), reference=str(folder / "real.npz")))
+    return file
+
+
+@pytest.fixture(scope="module", autouse=True)
+def network():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "load_classifier", lambda name: linear_classifier())
+        yield linear_classifier()
+
+
+def _in_this_process(flags, case, stage):
+    """For `run_child`, without the seconds that a process takes to start."""
+    stages.STAGES[stage](case)
+
+
+def _arguments(config, workdir, *more) -> list[str]:
+    return [f"--config={config}", f"--workdir={workdir}", *more]
+
+
+def _read(path) -> dict:
+    return json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+
+@pytest.fixture(scope="module")
+def finished(config, tmp_path_factory) -> pathlib.Path:
+    """The workdir of a table of two seeds that was made in two goes."""
+    workdir = tmp_path_factory.mktemp("table")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command, "run_child", _in_this_process)
+        assert command.main(_arguments(config, workdir, "--seeds=2", "--rows=kmeans|rtn")) == 0
+        partial = _read(workdir / "table.json")
+        assert [row["name"] for row in partial["rows"]] == ["rtn", "kmeans"]
+        lacking = [(item["row"], item["seed"]) for item in partial["missing"]]
+        assert lacking == [("fp", 0), ("fp", 1), ("ours", 0), ("ours", 1)]
+        # There is no full precision yet to compare with; the finished table has the figure.
+        assert partial["rows"][0]["pooled"]["psnr_to_fp_db"] is None
+        assert "Missing: fp seeds 0, 1 (quantize is not done); ours seeds 0, 1 (" in (workdir / "table.md").read_text()
+        assert command.main(_arguments(config, workdir, "--seeds=2")) == 0
+    return workdir
+
+
+def _images(workdir, row, seed) -> np.ndarray:
+    return np.load(workdir / row / str(seed) / "samples" / "images.npz")["arr_0"]
+
+
+def test_the_seeds_of_a_row_share_one_stream_of_images(config, finished, tmp_path):
+    base = rows.load_table(str(config)).base
+    model, params = pipeline.load_teacher(base.model, jax.random.key(0))
+    key = jax.random.fold_in(jax.random.key(base.seed), pipeline._SAMPLES)
+    plan = generation.Plan(8, 2, "balanced", "ddpm", 2, 1.5)
+    generation.generate(plan, model, params, key, tmp_path / "all.npz", lambda x: x)
+    whole = np.load(tmp_path / "all.npz")["arr_0"]
+    assert len(np.unique(whole.reshape(8, -1), axis=0)) == 8
+    np.testing.assert_array_equal(np.concatenate([_images(finished, "fp", seed) for seed in (0, 1)]), whole)
+    np.testing.assert_array_equal(np.load(finished / "fp" / "pooled" / "images.npz")["arr_0"], whole)
+
+
+def test_figures_are_those_of_evaluate(finished, network):
+    result = _read(finished / "table.json")
+    assert result["missing"] == [] and result["seeds"] == 2
+    assert {"command", "commit", "date", "devices", "versions", "config"} <= set(result)
+    found = {row["name"]: row for row in result["rows"]}
+    assert list(found) == ["fp", "rtn", "kmeans", "ours"]
+    reference = evaluation.compute_reference(images(50, seed=2), network, "50 images of real.npz")
+    joined = {name: np.concatenate([_images(finished, name, seed) for seed in (0, 1)]) for name in ("fp", "ours")}
+    for name, generated in joined.items():
+        expected = evaluation.evaluate(generated, network, reference, None if name == "fp" else joined["fp"])
+        assert (expected["psnr_to_fp_db"] is None) == (name == "fp") and expected["num_images"] == 8
+        assert found[name]["pooled"]["features"] == expected.pop("features")
+        known = {key: value for key, value in expected.items() if value is not None}
+        assert {key: found[name]["pooled"][key] for key in known} == pytest.approx(known, rel=1e-6)
+        assert "fd" in known and found["fp"]["pooled"]["psnr_to_fp_db"] is None
+    second = evaluation.evaluate(_images(finished, "ours", 1), network, reference, _images(finished, "fp", 1))
+    del second["features"]
+    assert {key: found["ours"]["seeds"][1][key] for key in second} == pytest.approx(second, rel=1e-6)
+    fds = [seed["fd"] for seed in found["ours"]["seeds"]]
+    assert fds[0] != fds[1]  # another model and other images
+    assert found["ours"]["mean"]["fd"] == pytest.approx(np.mean(fds))
+    assert found["ours"]["std"]["fd"] == pytest.approx(np.std(fds, ddof=1))
+
+
+def test_models_are_those_of_their_methods(finished):
+    found = {row["name"]: row for row in _read(finished / "table.json")["rows"]}
+    assert found["fp"]["size"]["bits_per_quantized_weight"] == 32 and found["fp"]["mean"]["l_d"] == 0
+    counted = baselines.rtn(tiny()[1], 4, 16, other_dtype="float16").sizes
+    assert found["rtn"]["size"]["bits_per_quantized_weight"] == counted.bits_per_quantized_weight > 4
+    for row in found.values():
+        size = row["size"]
+        assert size["bytes"] == size["assignment_bytes"] + size["codebook_bytes"] + size["other_bytes"]
+        assert size["bits_per_parameter"] == 8 * size["bytes"] / size["parameters"]
+        assert all(seed["peak_gb"] > 0.05 for seed in row["seeds"])
+    assert found["kmeans"]["mean"]["l_d"] > found["rtn"]["mean"]["l_d"] > 0
+    assert "calibrate_s" not in found["kmeans"]["mean"] and found["ours"]["mean"]["calibrate_s"] > 0
+    # Round to nearest draws nothing; k-means does.
+    assert found["rtn"]["std"]["l_d"] == 0 < found["kmeans"]["std"]["l_d"]
+
+
+def test_table_and_plot_say_what_the_json_says(finished):
+    result = _read(finished / "table.json")
+    text = (finished / "table.md").read_text()
+    assert text == table.markdown(result) and "biased upward" in text and "Missing" not in text
+    row = result["rows"][2]
+    assert f"| k-means | {row['size']['bits_per_quantized_weight']:.2f} |" in text
+    drawing = (finished / "table.svg").read_text()
+    assert drawing == chart.svg(result)
+    for label in ("k-means", "ours", "round to nearest", "full precision"):
+        assert label in drawing
+    assert chart.svg({**result, "rows": result["rows"][:1]}) is None
+
+
+def test_a_second_run_makes_nothing_again(config, finished, capsys, monkeypatch):
+    monkeypatch.setattr(command, "run_child", lambda *_: pytest.fail("there is nothing to do"))
+    before = _read(finished / "table.json")["rows"]
+    assert command.main(_arguments(config, finished, "--seeds=2")) == 0
+    assert _read(finished / "table.json")["rows"] == before
+    assert "4 of 4 rows" in capsys.readouterr().out
+
+
+def test_stopped_between_steps_it_ends_with_the_same_model(config, finished, tmp_path, monkeypatch):
+    """After the second step of calibration, and in the middle of writing the model."""
+    found = rows.load_table(str(config))
+    case = rows.cases(found, found.rows[-1], 2, tmp_path)[0]
+    saves, models = [], []
+
+    def save_state(*args):
+        saves.append(checkpoint_save_state(*args))
+        if len(saves) == 2:
+            raise KeyboardInterrupt
+
+    def save_quantized(path, *args):
+        models.append(path)
+        if path.name == "packed" and len(models) == 3:  # k-means, calibrated, and the table's own
+            raise KeyboardInterrupt
+        checkpoint_save_quantized(path, *args)
+
+    checkpoint_save_state, checkpoint_save_quantized = checkpoint.save_state, checkpoint.save_quantized
+    monkeypatch.setattr(checkpoint, "save_state", save_state)
+    monkeypatch.setattr(checkpoint, "save_quantized", save_quantized)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            stages.quantize(case)
+    stages.quantize(case)
+    assert len(saves) == 3  # each step once
+    theirs = rows.cases(found, found.rows[-1], 2, finished)[0]
+    one, other = (_read(folder / "figures.json") for folder in (case.model, theirs.model))
+    assert one["held_out"] == other["held_out"] and one["size"] == other["size"]
+    one, other = (checkpoint.flatten(checkpoint.load_quantized(c.model / "packed")[1]) for c in (case, theirs))
+    assert list(one) == list(other) and all(np.array_equal(one[name], other[name]) for name in one)
+
+
+def test_processes_end_together_and_the_next_run_goes_on(config, finished, tmp_path):
+    """One seed, whose first four images are those of seed 0 of two."""
+    other = tmp_path / "table.py"
+    other.write_text(config.read_text().replace('"linear"', '""'))
+    workdir = tmp_path / "work"
+    process = [sys.executable, "-m", "benchmarks.quality", *_arguments(other, workdir, "--seeds=1", "--rows=fp")]
+    # They compile anew, for one device; not optimized, in half the time.
+    env = {**os.environ, "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_backend_optimization_level=0"}
+    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    first = subprocess.Popen(process, cwd=ROOT, env=env, **quiet)
+    deadline = time.monotonic() + 120
+    while not (workdir / "fp" / "0" / "model" / "definition.json").exists():
+        assert first.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    with open(workdir / "fp" / "0" / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the child's, for as long as it lives
+    assert not (workdir / "fp" / "0" / "model" / "figures.json").exists()
+    done = subprocess.run(process, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "1 of 4 rows" in done.stdout
+    row = _read(workdir / "table.json")["rows"][0]
+    assert row["pooled"]["fd"] is None and row["std"]["l_d"] is None
+    assert row["seeds"][0]["devices"]["model"].startswith("1 x")
+    np.testing.assert_allclose(_images(workdir, "fp", 0)[:4].astype(int), _images(finished, "fp", 0), atol=1)
+
+
+def _refused(capsys, *arguments) -> str:
+    code = command.main(list(arguments))
+    err = capsys.readouterr().err
+    assert code == 2 and err.count("\n") == 1
+    return err
+
+
+def test_what_was_made_from_another_definition_is_refused_by_its_folder(
+    config, finished, capsys, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(command, "run_child", lambda *_: pytest.fail("refused before any work"))
+    other = tmp_path / "table.py"
+    other.write_text(config.read_text().replace('"quantize.kmeans_iterations": 2', '"quantize.kmeans_iterations": 3'))
+    error = _refused(capsys, *_arguments(other, finished, "--seeds=2"))
+    assert (
+        f"{finished / 'ours' / '0' / 'model'} was made from something else: quantize.kmeans_iterations (3 here, 2"
+        in error
+    )
+    # Full precision and the other rows have nothing to do with that recipe.
+    assert command.main(_arguments(other, finished, "--seeds=2", "--report-only", f"--output={tmp_path / 'out'}")) == 0
+    result = _read(tmp_path / "out.json")
+    assert [row["name"] for row in result["rows"]] == ["fp", "rtn", "kmeans"]
+    assert all("was made from something else" in item["what"] for item in result["missing"])
+    more = tmp_path / "more.py"
+    more.write_text(config.read_text().replace("steps=2)", "steps=3)"))
+    assert f"{finished / 'fp' / '0' / 'samples'} was made" in _refused(capsys, *_arguments(more, finished, "--seeds=2"))
+
+
+def test_bad_input_is_one_line(config, capsys, tmp_path):
+    assert "wanted a divisor of the config's 8" in _refused(capsys, *_arguments(config, tmp_path, "--seeds=3"))
+    assert "matches none of fp" in _refused(capsys, *_arguments(config, tmp_path, "--seeds=2", "--rows=nothing"))
+    assert "no such file" in _refused(capsys, *_arguments(tmp_path / "no.py", tmp_path))
+    assert "'x' is none" in _refused(capsys, *_arguments(config, tmp_path, "--stages=x"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_case_that_fails_is_named_and_the_others_are_made(config, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "run_child", lambda flags, case, stage: f"{stage} ended with code -9: killed")
+    error = _refused(capsys, *_arguments(config, tmp_path, "--seeds=2", "--rows=fp|rtn"))
+    assert "4 of the cases failed; the first is fp, seed 0: quantize ended with code -9: killed" in error
+    assert "quantize ended with code -9" in (tmp_path / "table.md").read_text()
+
+
+def test_the_shipped_table_resolves(tmp_path):
+    """Every row's config is one that a run would take, and asks for what its name says."""
+    found = rows.load_table(str(ROOT / "benchmarks/quality/cifar10.py"))
+    assert found.rows[0].method == "fp" and found.base.sample.num_images == 5100
+    for row in found.rows:
+        for case in rows.cases(found, row, 3, tmp_path):
+            assert case.num_images == 1700 and (case.config.calibration.steps, case.config.calibration.batch) == (
+                500,
+                16,
+            )
+            assert case.config.seed == case.seed and case.made_from["method"] == row.method
+            if row.bits != 32:
+                assert case.config.quantize.bits == row.bits
+
+
+def test_streams_are_those_of_a_run():
+    ours = methods.TRAJECTORIES, rows.SAMPLES, rows.HELD_OUT
+    assert ours == (pipeline._TRAJECTORIES, pipeline._SAMPLES, pipeline._HELD_OUT)
+
+
+def test_children_sample_on_a_device_for_each_core(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--a=1 --xla_force_host_platform_device_count=7")
+    cores = len(os.sched_getaffinity(0))
+    assert command.environment("quantize")["XLA_FLAGS"] == "--a=1"
+    assert command.environment("sample")["XLA_FLAGS"] == f"--a=1 --xla_force_host_platform_device_count={cores}"

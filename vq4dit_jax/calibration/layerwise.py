@@ -1,0 +1,118 @@
+"""Before any gradient: assignments and codebooks that keep each layer's outputs on the teacher's trajectory.
+
+The mathematics, for one layer, is in `vq.layerwise`; here it is done to a tree.
+"""
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vq4dit_jax import quantization, reporting
+from vq4dit_jax.calibration import allocate
+from vq4dit_jax.calibration.moments import input_moments
+from vq4dit_jax.calibration.network import Network, as_network
+from vq4dit_jax.calibration.recipe import Recipe
+from vq4dit_jax.models import DiT
+from vq4dit_jax.vq import VQArray, from_codes, layerwise
+
+_MOMENTS, _SHARES, _KMEANS = range(3)
+"""Streams of the key."""
+_MOMENT_STEPS = 25
+_LLOYD_ITERATIONS = 10
+"""Of a codebook that an allocation asked for: `solve` goes on from there."""
+
+
+def start(recipe: Recipe, model: DiT | Network, params: Any, packed: Any, key: jax.Array) -> Any:
+    """What the gradient steps start from: `packed` solved layer by layer, its bits spread anew where the recipe says so.
+
+    Memory: the moments of all layers, (I, I) float32 each; 3 GB for DiT-XL/2.
+    """
+    network, keys = as_network(model, recipe.remat), [jax.random.fold_in(key, i) for i in range(3)]
+    moments = input_moments(
+        model,
+        params,
+        quantized_paths(packed),
+        key=keys[_MOMENTS],
+        images=recipe.batch,
+        num_steps=_MOMENT_STEPS,
+        cfg_scale=recipe.cfg_scale,
+    )
+    found = _solve_with_progress(params, packed, moments)
+    if recipe.allocation == "given":
+        return found
+    size = quantization.sizes(packed)
+    layers = allocate.layers(network, params, found, key=keys[_SHARES], cfg_scale=recipe.cfg_scale)
+    dtype = next(leaf.codebook.dtype for _, _, leaf in quantization.matrices(packed))
+    chosen = allocate.spread(
+        layers,
+        int(recipe.budget * 8 * size.assignment_bytes),
+        8 * dtype.itemsize,
+        together=recipe.allocation == "roles",
+    )
+    fresh = quantization.quantize(
+        params,
+        key=keys[_KMEANS],
+        rules=allocate.rules(chosen),
+        codebook_dtype=dtype,
+        max_iterations=_LLOYD_ITERATIONS,
+    )
+    return _solve_with_progress(params, _with_kept(fresh, packed), moments)
+
+
+def _with_kept(fresh: Any, packed: Any) -> Any:
+    """`fresh`, with what is not quantized from `packed` (where it may have been rounded)."""
+    kept = flax.traverse_util.flatten_dict(packed, sep="/")
+    quantized = set(quantized_paths(packed))
+    leaves = flax.traverse_util.flatten_dict(fresh, sep="/")
+    return flax.traverse_util.unflatten_dict(
+        {path: leaf if path in quantized else kept[path] for path, leaf in leaves.items()}, sep="/"
+    )
+
+
+def _solve_with_progress(params: Any, packed: Any, moments: dict[str, Any]) -> Any:
+    with reporting.progress(sum(1 for _ in quantization.matrices(packed)), "layer by layer", "layer") as bar:
+        return solve(params, packed, moments, lambda: bar.update(1))
+
+
+def quantized_paths(packed: Any) -> list[str]:
+    """'/'-joined paths of the leaves that are quantized, also in parts."""
+    return list(dict.fromkeys(path for path, _, _ in quantization.matrices(packed)))
+
+
+def solve(params: Any, packed: Any, moments: dict[str, Any], on_layer: Callable[[], None] = lambda: None) -> Any:
+    """`packed` with every layer's codebook and assignments solved anew for the inputs that `moments` are of.
+
+    Args:
+      params: the teacher.
+      packed: its `quantize`; shapes stay, and codebooks are where the search starts.
+      moments: path -> (*stack, I, I), see `input_moments`.
+      on_layer: is called after each layer.
+    """
+    weights = flax.traverse_util.flatten_dict(params, sep="/")
+
+    def one(path: str, block: int | None, leaf: VQArray) -> tuple[np.ndarray, np.ndarray]:
+        kernel, moment = (a[path] if block is None else a[path][block] for a in (weights, moments))
+        wide = [jnp.asarray(a, jnp.float32) for a in (kernel.T, moment, leaf.codebook)]
+        codebook, codes, _ = layerwise.solve(wide[0], layerwise.condition(wide[1]), wide[2])
+        on_layer()
+        return np.asarray(codebook), np.asarray(codes)
+
+    solved = (one(*matrix) for matrix in quantization.matrices(packed))
+
+    def again(leaf: Any) -> Any:
+        if isinstance(leaf, tuple):
+            return tuple(map(again, leaf))
+        if not isinstance(leaf, VQArray):
+            return leaf
+        codebooks, codes = zip(*itertools.islice(solved, math.prod(leaf.stack)), strict=True)
+        codebook = jnp.asarray(np.stack(codebooks)).reshape(leaf.codebook.shape).astype(leaf.codebook.dtype)
+        return from_codes(codebook, np.stack(codes).reshape(*leaf.stack, *codes[0].shape))
+
+    leaves = flax.traverse_util.flatten_dict(packed, sep="/")
+    return flax.traverse_util.unflatten_dict({path: again(leaf) for path, leaf in leaves.items()}, sep="/")

@@ -1,0 +1,129 @@
+"""Second moments X^T X / N of what Linears read on the teacher's own trajectory: the Hessian of a layer's squared error.
+
+For a Linear y = W x, the mean of |W x - Q x|^2 over N inputs is tr((W - Q) H (W - Q)^T) with H = X^T X / N, X (N, I)
+(Frantar et al. 2023, arXiv 2210.17323, section 3, but for a factor of 2).
+
+A backward pass visits every Linear, also under `lax.scan` and rematerialisation, and collects one array for each use of a
+parameter. So a kernel is put in a `Probe` beside an array of zeros (I, I), whose "gradient" is defined to be X^T X / N.
+The probes below a probe are still visited, because the gradient of its input is defined as an array of zeros.
+"""
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from vq4dit_jax import diffusion
+from vq4dit_jax.calibration import trajectory
+from vq4dit_jax.calibration.network import Network, as_network, check
+from vq4dit_jax.errors import InputError
+from vq4dit_jax.models import DiT
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Probe:
+    """A dense kernel (*stack, I, O) that `linear` uses as it would the array; the gradient of `moments` is X^T X / N."""
+
+    kernel: Any
+    moments: Any  # float32 (*stack, I, I)
+
+    def matmul(self, x: Float[Array, "*batch I"]) -> Float[Array, "*batch O"]:
+        """x @ kernel of one matrix (no stack axes)."""
+        return _probe(x, self.kernel, self.moments)
+
+
+@jax.custom_vjp
+def _probe(x: Array, kernel: Array, moments: Array) -> Array:
+    return jnp.matmul(x, kernel.astype(x.dtype))
+
+
+def _forward(x: Array, kernel: Array, moments: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _probe(x, kernel, moments), (x, kernel)
+
+
+def _backward(residuals: tuple[Array, Array], _: Array) -> tuple[Array, Array, Array]:
+    x, kernel = residuals
+    rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+    moments = jnp.matmul(rows.T, rows, precision=jax.lax.Precision.HIGHEST) / len(rows)
+    return jnp.zeros_like(x), jnp.zeros_like(kernel), moments
+
+
+_probe.defvjp(_forward, _backward)
+
+
+def input_moments(
+    model: DiT | Network,
+    params: Any,
+    paths: Iterable[str],
+    *,
+    key: jax.Array,
+    images: int = 16,
+    num_steps: int = 10,
+    trajectories: int = 1,
+    cfg_scale: float = 1.5,
+) -> dict[str, Float[Array, "*stack I I"]]:
+    """X^T X / N of the inputs of the kernels at `paths`, float32, over the teacher's guided DDPM trajectories (zero data).
+
+    Args:
+      model: a `DiT`, or a `Network` whose Linears go through `models.linear.linear` and run once an evaluation.
+      params: the teacher, full precision.
+      paths: '/'-joined, of kernels (*stack, I, O), such as "blocks/attn/qkv/kernel".
+      key: of noise and classes.
+      images: of a trajectory; the network sees twice as many rows, with labels and with the null label.
+      num_steps: of a trajectory, evenly spaced over the time steps. Every step counts alike.
+      trajectories: how many, one after the other.
+      cfg_scale: guidance of the trajectories.
+
+    Raises InputError for a path that is no kernel of `params`, a network that cannot take a `Probe`, and a kernel that
+    the network does not use.
+    """
+    network = as_network(model, remat=True) if isinstance(model, DiT) else model
+    check(network, params)
+    flat = flax.traverse_util.flatten_dict(params, sep="/")
+    zeros = {}
+    for path in paths:
+        kernel = flat.get(path)
+        if getattr(kernel, "ndim", 0) < 2:
+            raise InputError(
+                f"moments of {path!r}: wanted the path of a kernel (*stack, I, O), such as {_example(flat)}"
+            )
+        *stack, columns, _ = kernel.shape
+        zeros[path] = jnp.zeros((*stack, columns, columns), jnp.float32)
+    sched = diffusion.make_schedule(num_steps)
+
+    def probed(zeros: dict[str, Array], where: Any, flat: dict[str, Any]) -> tuple[Array, Any]:
+        leaves = flat | {path: Probe(flat[path], zero) for path, zero in zeros.items()}
+        teacher = flax.traverse_util.unflatten_dict(leaves, sep="/")
+        batch, where = trajectory.advance(network, teacher, sched, cfg_scale, where)
+        return sum(a.sum(dtype=jnp.float32) for a in jax.tree.leaves((batch.output, batch.blocks))), where
+
+    def step(total: dict[str, Array], where: Any, flat: dict[str, Any]) -> tuple[dict[str, Array], Any]:
+        found, where = jax.grad(probed, has_aux=True)(zeros, where, flat)
+        return jax.tree.map(jnp.add, total, found), where
+
+    where = trajectory.begin(network, sched, jax.random.key_data(key), jnp.int32(0), images)
+    try:
+        traced = jax.jit(step, donate_argnums=0).trace(zeros, where, flat)
+    except Exception as error:  # whatever the user's function raises
+        what = next(iter(str(error).strip().splitlines()), "")
+        raise InputError(
+            "moments are collected from Linears of vq4dit_jax.models.linear; this network does something else with "
+            f"the kernels at {', '.join(list(zeros)[:3])} ({type(error).__name__}: {what})"
+        ) from error
+    compiled = traced.lower().compile()
+    total = jax.tree.map(jnp.copy, zeros)
+    for _ in range(num_steps * trajectories):
+        total, where = compiled(total, where, flat)
+    for path in zeros:
+        if not (jnp.trace(total[path], axis1=-2, axis2=-1) > 0).all():
+            raise InputError(f"moments of {path}: the network does not use this kernel, or its inputs are all zero")
+    return {path: total[path] / (num_steps * trajectories) for path in zeros}
+
+
+def _example(flat: dict[str, Any]) -> str:
+    return next((path for path, leaf in flat.items() if getattr(leaf, "ndim", 0) >= 2), "none of these params")
