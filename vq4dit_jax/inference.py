@@ -17,6 +17,7 @@ from vq4dit_jax.errors import InputError
 from vq4dit_jax.models import DiT
 from vq4dit_jax.models.prepared import PreparedBlocks
 from vq4dit_jax.models.stack import split_runs
+from vq4dit_jax.quantization import joined
 from vq4dit_jax.sampling import INITIAL, STEPS, guided, image_keys, noise
 from vq4dit_jax.vq import SoftVQArray, VQArray
 
@@ -121,13 +122,14 @@ def activation_ranges(
 
 
 def for_sampling(model: DiT, params: Any, activations: str, cfg_scale: float) -> Any:
-    """`params` in the form that runs `activations` fastest: "float32" (as they are), "bfloat16", "int8" or "e4m3".
+    """`params` in the form that runs `activations` fastest: "float32" (as they are; leaves in parts are decoded, see
+    `quantization.joined`), "bfloat16", "int8" or "e4m3".
 
     Packed weights stay packed. Dense ones become 8-bit integers, and take "int8" alone. Ranges are sampled with a fixed
     key, so that a recipe makes the same images wherever it runs.
     """
     if activations == "float32":
-        return params
+        return joined(params)
     if activations not in ("bfloat16", "int8", "e4m3"):
         raise InputError(f"activations={activations}: wanted float32, bfloat16, int8 or e4m3")
     packed = any(

@@ -43,9 +43,10 @@ def start(recipe: Recipe, model: DiT | Network, params: Any, packed: Any, key: j
         num_steps=_MOMENT_STEPS,
         cfg_scale=recipe.cfg_scale,
     )
-    found = _solve_with_progress(params, packed, moments)
     if recipe.allocation == "given":
-        return found
+        return _solve_with_progress(params, packed, moments)
+    # To compare layers with each other the first pass is enough.
+    found = _solve_with_progress(params, packed, moments, feedbacks=1, rounds=1)
     size = quantization.sizes(packed)
     layers = allocate.layers(network, params, found, key=keys[_SHARES], cfg_scale=recipe.cfg_scale)
     dtype = next(leaf.codebook.dtype for _, _, leaf in quantization.matrices(packed))
@@ -75,9 +76,9 @@ def _with_kept(fresh: Any, packed: Any) -> Any:
     )
 
 
-def _solve_with_progress(params: Any, packed: Any, moments: dict[str, Any]) -> Any:
+def _solve_with_progress(params: Any, packed: Any, moments: dict[str, Any], **passes: int) -> Any:
     with reporting.progress(sum(1 for _ in quantization.matrices(packed)), "layer by layer", "layer") as bar:
-        return solve(params, packed, moments, lambda: bar.update(1))
+        return solve(params, packed, moments, lambda: bar.update(1), **passes)
 
 
 def quantized_paths(packed: Any) -> list[str]:
@@ -85,7 +86,9 @@ def quantized_paths(packed: Any) -> list[str]:
     return list(dict.fromkeys(path for path, _, _ in quantization.matrices(packed)))
 
 
-def solve(params: Any, packed: Any, moments: dict[str, Any], on_layer: Callable[[], None] = lambda: None) -> Any:
+def solve(
+    params: Any, packed: Any, moments: dict[str, Any], on_layer: Callable[[], None] = lambda: None, **passes: int
+) -> Any:
     """`packed` with every layer's codebook and assignments solved anew for the inputs that `moments` are of.
 
     Args:
@@ -93,13 +96,14 @@ def solve(params: Any, packed: Any, moments: dict[str, Any], on_layer: Callable[
       packed: its `quantize`; shapes stay, and codebooks are where the search starts.
       moments: path -> (*stack, I, I), see `input_moments`.
       on_layer: is called after each layer.
+      passes: `feedbacks` and `rounds` of `vq.layerwise.solve`.
     """
     weights = flax.traverse_util.flatten_dict(params, sep="/")
 
     def one(path: str, block: int | None, leaf: VQArray) -> tuple[np.ndarray, np.ndarray]:
         kernel, moment = (a[path] if block is None else a[path][block] for a in (weights, moments))
         wide = [jnp.asarray(a, jnp.float32) for a in (kernel.T, moment, leaf.codebook)]
-        codebook, codes, _ = layerwise.solve(wide[0], layerwise.condition(wide[1]), wide[2])
+        codebook, codes, _ = layerwise.solve(wide[0], layerwise.condition(wide[1]), wide[2], **passes)
         on_layer()
         return np.asarray(codebook), np.asarray(codes)
 

@@ -46,16 +46,26 @@ def guided_eps(network: Network, output: Float[Array, "R H W _"], cfg_scale: flo
 
 def step_distance(
     network: Network, sched: diffusion.Schedule, batch: Batch, output: Float[Array, "R H W _"], cfg_scale: float
-) -> Float[Array, ""]:
-    """L_s: squared 2-Wasserstein distance of student and teacher in what the sampler draws x_{t-1} from, mean over pixels.
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """(L_s, L_c): how far the student's next step is from the teacher's, per pixel, and the part of it that all images share.
 
-    Of two Gaussians with independent pixels that is (mu - mu')^2 + (sigma - sigma')^2: errors of the guided noise prediction
-    and of the learned variance, each with the weight that it has in the image. The paper does not have it.
+    L_s is the squared 2-Wasserstein distance of what the sampler draws x_{t-1} from; of two Gaussians with independent pixels
+    that is (mu - mu')^2 + (sigma - sigma')^2: errors of the guided noise prediction and of the learned variance, each with the
+    weight that it has in the image.
+
+    Errors of single pixels are as good as independent from step to step, and their squares add up. What all images have in
+    common does not average out: a colour cast, and noise predicted a little too large or too small everywhere, which makes
+    images smoother or rougher. L_c is the energy of e = mu - mu' along these four directions: the mean of each channel, and
+    the teacher's noise prediction. Over N steps it grows with N^2, not N.
     """
     half = batch.x[: len(batch.x) // 2]
     gaussian = lambda out: diffusion.ddpm_gaussian(sched, batch.i, half, network.guide(out, cfg_scale))
     (mean, deviation), (wanted_mean, wanted_deviation) = gaussian(output), gaussian(batch.output)
-    return jnp.square(mean - wanted_mean).mean() + jnp.square(deviation - wanted_deviation).mean()
+    error = mean - wanted_mean
+    distance = jnp.square(error).mean() + jnp.square(deviation - wanted_deviation).mean()
+    eps = guided_eps(network, batch.output, cfg_scale)
+    cast = jnp.square(error.mean((0, 1, 2))).mean()
+    return distance, cast + jnp.square((error * eps).mean()) / jnp.square(eps).mean()
 
 
 def agreement(

@@ -10,6 +10,7 @@ The teacher and the student are the same function; only the leaves of their tree
 """
 
 import dataclasses
+import re
 from typing import Any, NamedTuple
 
 import flax.traverse_util
@@ -37,6 +38,7 @@ class Trainable(NamedTuple):
     logits: dict[str, Float[Array, "*stack n O S"]]
     codebooks: dict[str, Float[Array, "*stack G K d"]]
     biases: dict[str, Float[Array, "*stack O"]]
+    kept: dict[str, Float[Array, "..."]]
 
 
 @jax.tree_util.register_dataclass
@@ -92,8 +94,9 @@ def _optimizer(recipe: Recipe) -> optax.GradientTransformation:
             "logits": one(recipe.learning_rate_ratios, "constant"),
             "codebooks": one(recipe.learning_rate_codebooks, recipe.schedule),
             "biases": one(recipe.learning_rate_biases, recipe.schedule),
+            "kept": one(recipe.learning_rate_tuned, recipe.schedule),
         },
-        Trainable("logits", "codebooks", "biases"),
+        Trainable(*Trainable._fields),
     )
 
 
@@ -113,6 +116,11 @@ def init(recipe: Recipe, student: Any) -> State:
         {path: leaf.logits for path, leaf in soft.items()},
         {path: leaf.codebook for path, leaf in soft.items()},
         biases,
+        {
+            path: jnp.asarray(leaf, jnp.float32)
+            for path, leaf in flat.items()
+            if path not in soft and path not in biases and re.fullmatch(recipe.tuned, path)
+        },
     )
     return State(
         trainable,
@@ -130,7 +138,7 @@ def merge(student: Any, state: State) -> dict[str, Any]:
 
 def _merge(student: Any, trainable: Trainable, frozen: dict[str, Array]) -> dict[str, Any]:
     flat = dict(_flatten(student))
-    flat.update(trainable.biases)
+    flat.update(trainable.biases | trainable.kept)
     for path, logits in trainable.logits.items():
         flat[path] = dataclasses.replace(
             flat[path], codebook=trainable.codebooks[path], logits=logits, frozen=frozen[path]
@@ -163,23 +171,25 @@ def update(
         leaves = [leaf for leaf in _flatten(params).values() if _is_soft(leaf)]
         output, blocks = network.apply(joined(params), batch.x, batch.t, batch.y)
         l_d = losses.block_distance(blocks, batch.blocks)
-        l_s = losses.step_distance(network, sched, batch, output, recipe.cfg_scale)
+        l_s, l_c = losses.step_distance(network, sched, batch, output, recipe.cfg_scale)
         if recipe.regularizer == "paper":
             l_r, weight = losses.paper_regularizer(leaves), 1.0
         else:
             l_r = losses.released_regularizer(leaves)
             weight = jnp.where(l_r > floor, 1.0, 0.0)
-        loss = recipe.lambda_d * l_d + recipe.lambda_s * l_s + recipe.lambda_r * weight * l_r
-        return loss, (l_d, l_s, l_r)
+        l_n = l_s + (recipe.trajectory_steps - 1) * l_c
+        loss = recipe.lambda_d * l_d + recipe.lambda_s * l_n + recipe.lambda_r * weight * l_r
+        return loss, (l_d, l_s, l_c, l_r)
 
-    (loss, (l_d, l_s, l_r)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.trainable)
+    (loss, (l_d, l_s, l_c, l_r)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.trainable)
     if recipe.codebook_training == "after_freezing":
         grads = grads._replace(
             codebooks={
                 path: jnp.where(_settled(state.frozen[path], g.ndim), g, 0) for path, g in grads.codebooks.items()
             }
         )
-    updates, optimizer = _optimizer(recipe).update(grads, state.optimizer, state.trainable)
+    with jax.numpy_dtype_promotion("standard"):  # optax's Adam raises a float to an integer power
+        updates, optimizer = _optimizer(recipe).update(grads, state.optimizer, state.trainable)
     trainable = optax.apply_updates(state.trainable, updates)
 
     threshold = _threshold(recipe, state.step)
@@ -195,6 +205,7 @@ def update(
         "loss": loss,
         "l_d": l_d,
         "l_s": l_s,
+        "l_c": l_c,
         "l_r": l_r,
         "frozen_fraction": sum(mask.sum(dtype=jnp.float32) for mask in frozen.values()) / count,
         "ratio_histogram": histogram,

@@ -35,8 +35,10 @@ class Recipe:
       regularizer: "paper" sum_n (1 - |2r - 1|) averaged over sub-vectors (eq 9), or "released" n * mean r(1 - r) over
         those not yet frozen, averaged over layers, and only on steps where it is above its minimum of that trajectory.
       lambda_d, lambda_r: weights of L_d and L_r (eq 10).
-      lambda_s: weight of L_s, how far the sampler's next step is from the teacher's (`losses.step_distance`).
-      learning_rate_ratios, learning_rate_codebooks, learning_rate_biases: of the optimizer.
+      lambda_s: weight of L_s + (N - 1) L_c, how far the sampler's next step is from the teacher's (`losses.step_distance`);
+        N = trajectory_steps.
+      tuned: a regular expression; parameters that are not quantized and whose paths match it whole are trained, too.
+      learning_rate_ratios, learning_rate_codebooks, learning_rate_biases, learning_rate_tuned: of the optimizer.
       optimizer: "adam", or "rmsprop" as in the paper.
       decay, epsilon: of the mean of squared gradients, and what is added to its root.
       schedule: "constant", or "cosine" to 0 at the last step, for codebooks and biases.
@@ -66,6 +68,8 @@ class Recipe:
     learning_rate_ratios: float = 1e-2
     learning_rate_codebooks: float = 3e-4
     learning_rate_biases: float = 3e-4
+    learning_rate_tuned: float = 1e-5
+    tuned: str = ""
     optimizer: str = "rmsprop"
     decay: float = 0.9
     epsilon: float = 1e-8
@@ -102,6 +106,7 @@ LAYERWISE = dict(
     lambda_s=30.0,
     learning_rate_codebooks=5e-5,
     learning_rate_biases=1e-4,
+    tuned="final_layer/.*",
     optimizer="adam",
     decay=0.95,
 )
@@ -114,6 +119,7 @@ CANDIDATES = dict(
     lambda_s=0.0,
     learning_rate_codebooks=3e-4,
     learning_rate_biases=3e-4,
+    tuned="",
     optimizer="rmsprop",
     decay=0.9,
 )

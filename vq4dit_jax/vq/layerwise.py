@@ -131,17 +131,20 @@ def solve(
     `feedbacks` times `feedback` and `fit_codebook`, then `rounds` of two sweeps of `descend` and `fit_codebook`. One row of
     W holds I = S d inputs; row o reads codebook o // (O / G).
     """
-    for _ in range(feedbacks):
-        codes = feedback(weight, moments, codebook)
-        codebook = fit_codebook(weight, moments, codebook, codes)
 
-    def one_round(_: Any, state: tuple[Codebook, Codes]) -> tuple[Codebook, Codes]:
+    # Loops, not unrolled: programs are compiled for every shape and codebook, and each half stands in them once.
+    def fed_back(_: Any, state: tuple[Codebook, Codes]) -> tuple[Codebook, Codes]:
+        codes = feedback(weight, moments, state[0])
+        return fit_codebook(weight, moments, state[0], codes), codes
+
+    def descended(_: Any, state: tuple[Codebook, Codes]) -> tuple[Codebook, Codes]:
         codebook, codes = state
-        for _ in range(_SWEEPS):
-            codes = descend(weight, moments, codebook, codes)
+        codes = lax.fori_loop(0, _SWEEPS, lambda _, codes: descend(weight, moments, codebook, codes), codes)
         return fit_codebook(weight, moments, codebook, codes), codes
 
-    codebook, codes = lax.fori_loop(0, rounds, one_round, (codebook, codes))
+    nothing = jnp.zeros((len(weight), weight.shape[1] // codebook.shape[-1]), jnp.int32)
+    state = lax.fori_loop(0, feedbacks, fed_back, (codebook, nothing))
+    codebook, codes = lax.fori_loop(0, rounds, descended, state)
     return codebook, codes, error(weight, moments, codebook, codes)
 
 

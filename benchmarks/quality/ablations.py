@@ -1,0 +1,62 @@
+"""What each choice of the method is worth, at 2 bits on the built-in model: held-out figures of one choice changed at a time.
+
+    python -m benchmarks.quality --config=benchmarks/quality/ablations.py --seeds=3 --stages=quantize --workdir=DIR
+
+`soft` is VQ4DiT with the rates and the schedule of `calibration.recipe.CANDIDATES`, `ours` the default recipe.
+Costs: 200 steps of batch 8: about three minutes a row and seed on two CPU cores.
+"""
+
+from benchmarks.quality.rows import Row, Table
+from vq4dit_jax.calibration.recipe import CANDIDATES
+from vq4dit_jax.config import cifar10
+from vq4dit_jax.quantization import dit_rules
+
+OURS = "configs/cifar10_w2.py"
+SOFT = {f"calibration.{name}": value for name, value in CANDIDATES.items()}
+WITHOUT_ADALN = (
+    (r"blocks/\d+/adaLN_modulation/1/kernel", ()),
+    *((path, (spec.codewords, spec.subvector, spec.groups) if spec else ()) for path, spec in dit_rules(2)),
+)
+CHANGES = {
+    "soft": {
+        "n1": {"num_candidates": 1},
+        "n3": {"num_candidates": 3},
+        "n4": {"num_candidates": 4},
+        "uniform_start": {"ratio_start": "uniform"},
+        "paper_regularizer": {"lambda_r": 0.1},
+        "released_regularizer": {"regularizer": "released", "lambda_r": 0.5},
+        "heavy_regularizer": {"lambda_r": 1.0},
+        "never_forced": {"freeze_from": 1.0, "freeze_by": 1.0},
+        "forced_late": {"freeze_by": 0.9},
+        "two_phases": {"codebook_training": "after_freezing"},
+        "no_guidance": {"cfg_scale": 1.0},
+        "guidance_4": {"cfg_scale": 4.0},
+        "100_steps": {"steps": 100},
+        "400_steps": {"steps": 400},
+        "batch_2": {"batch": 2},
+        "batch_32": {"batch": 32},
+        "without_adaln": {"rules": WITHOUT_ADALN},
+    },
+    "ours": {
+        "no_steps": {"steps": 1},
+        "given_bits": {"allocation": "given"},
+        "roles": {"allocation": "roles"},
+        "no_step_loss": {"lambda_s": 0.0},
+        "blocks_only": {"tuned": ""},
+        "constant_rates": {"schedule": "constant"},
+    },
+}
+
+
+def get_config() -> Table:
+    base = cifar10()
+    base.calibration.steps = 200
+    base.calibration.batch = 8
+    rows = [Row("kmeans", "k-means", "kmeans", 2, config=OURS)]
+    for form, fields in (("soft", SOFT), ("ours", {})):
+        rows.append(Row(form, form, "vq4dit", 2, config=OURS, overrides=fields))
+        for name, changes in CHANGES[form].items():
+            own = {f"calibration.{key}": value for key, value in changes.items() if key != "rules"}
+            own |= {f"quantize.{key}": value for key, value in changes.items() if key == "rules"}
+            rows.append(Row(f"{form}_{name}", name.replace("_", " "), "vq4dit", 2, config=OURS, overrides=fields | own))
+    return Table(base.lock(), tuple(rows))
