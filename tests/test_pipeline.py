@@ -21,8 +21,15 @@ from vq4dit_jax import main as command
 from vq4dit_jax.files import asset
 
 CONFIG = "--config=configs/cifar10_w2.py"
+# Solving layers takes minutes on the demo model; test_layerwise_calibration kills such runs of a small one.
+SOFT = (
+    "--config.calibration.layerwise=False",
+    "--config.calibration.allocation=given",
+    "--config.calibration.num_candidates=2",
+)
 SMALL = (
     "--config.calibration.steps=4",
+    *SOFT,
     "--config.calibration.batch=2",
     "--config.calibration.trajectory_steps=3",
     "--config.calibration.save_every=1",
@@ -333,7 +340,7 @@ def test_two_blocks_of_xl2_width_go_through_the_whole_pipeline(tmp_path, monkeyp
     small = [a for a in SMALL if "num_images" not in a and "batch" not in a and "grid" not in a and "steps=4" not in a]
     code = command.main([
         "--config=configs/xl2_256_w2.py", f"--workdir={workdir}", *small,
-        "--config.model.random_init=True", "--config.model.depth=2", "--config.calibration.steps=1",
+        *SOFT, "--config.model.random_init=True", "--config.model.depth=2", "--config.calibration.steps=1",
         "--config.calibration.batch=1", "--config.sample.num_images=2", "--config.sample.batch=2",
         "--config.sample.more_steps=()",
     ])  # fmt: skip

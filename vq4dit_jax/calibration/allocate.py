@@ -83,8 +83,8 @@ def spread(layers: list[Layer], budget: int, codebook_bits: int, together: bool 
     chosen, least = choose(2.0**high)
     if least > budget:
         raise InputError(
-            f"a budget of {budget / 8e6:.2f} MB for codes and codebooks: the least that the layers can have is "
-            f"{least / 8e6:.2f} MB; allow more bits"
+            f"calibration.budget allows {budget // 8} bytes for codes and codebooks; the least that the layers can have is "
+            f"{least // 8}: allow more"
         )
     for _ in range(60):
         middle = (low + high) / 2

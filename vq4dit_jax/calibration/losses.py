@@ -53,10 +53,10 @@ def step_distance(
     that is (mu - mu')^2 + (sigma - sigma')^2: errors of the guided noise prediction and of the learned variance, each with the
     weight that it has in the image.
 
-    Most of an error is new in every step, and the squares add up. Some of it is the same again and again: a colour cast, a loss of
-    contrast, and noise predicted a little too large or too small everywhere, which makes the image smoother or rougher. L_c is
-    the energy of e = mu - mu' along these directions, in each image: the mean of each channel, the teacher's prediction of x_0
-    (less its means), and its noise prediction. Over N steps it grows with N^2, not N.
+    Most of an error is new in every step, and the squares add up. Some of it is the same again and again: a colour cast, a
+    loss of contrast, and noise predicted a little too large or too small everywhere, which makes the image smoother or
+    rougher. L_c is the energy of e = mu - mu' along these directions, in each image: the mean of each channel, the teacher's
+    prediction of x_0 (less its means), and its noise prediction. Over N steps it grows with N^2, not N.
     """
     half = batch.x[: len(batch.x) // 2]
 
@@ -66,7 +66,7 @@ def step_distance(
         error = (mean - wanted_mean)[0]
         distance = jnp.square(error).mean() + jnp.square(deviation - wanted_deviation).mean()
         cast = error.mean((0, 1))
-        x0 = diffusion.predict_x0(sched, i, x, eps)
+        x0 = diffusion.predict_x0(sched, i, x[None], eps[None])[0]
         along = lambda a: jnp.square((error * a).mean()) / jnp.square(a).mean()
         return distance, jnp.square(cast).mean() + along(eps) + along(x0 - x0.mean((0, 1), keepdims=True))
 
