@@ -13,6 +13,7 @@ from vq4dit_jax.calibration import LAYERWISE, Recipe, losses
 from vq4dit_jax.errors import InputError
 from vq4dit_jax.quantization import matrices, quantize, sizes
 
+pytestmark = pytest.mark.once  # a program for every shape and codebook is compiled
 RECIPE = Recipe(**LAYERWISE, steps=3, batch=2, trajectory_steps=3)
 
 
