@@ -40,7 +40,7 @@ def get_config():
         Row("fp", "full precision", "fp"),
         Row("rtn", "round to nearest", "rtn", 4, group=16),
         Row("kmeans", "k-means", "kmeans", 2),
-        Row("ours", "ours", "vq4dit", 2, config="configs/cifar10_w2.py", overrides=short | {"calibration.budget": 3.0}),
+        Row("ours", "ours", "vq4dit", 2, config="configs/cifar10_w2.py", overrides=short | {{"calibration.budget": 3.0}}),
     ))
 """
 
