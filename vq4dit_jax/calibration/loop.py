@@ -87,8 +87,7 @@ def calibrate(
       folder: where `start` (with layerwise: what the steps begin with) is written, and `step_NNNNNN` (orbax: state and
         trajectory) every `save_every` steps and at the end. The same call continues from it, with the same bits as if it
         had never stopped. None: nothing is written.
-      log_file: one JSON line for each step, see `read_log`; continued as well. `trajectory` and `timestep` are those of the
-        first image.
+      log_file: one JSON line for each step, see `read_log`; continued as well.
       on_step: is given each line after its step.
 
     Raises:
@@ -105,12 +104,11 @@ def calibrate(
     student = make_student(recipe, params, packed)
     check(network, student)
     state = optimize.init(recipe, student)
-    where = trajectory.begin(network, sched, jax.random.key_data(key), jnp.int32(0), recipe.batch, recipe.staggered)
+    where = trajectory.begin(network, sched, jax.random.key_data(key), jnp.int32(0), recipe.batch)
 
     def step(state, where, student, teacher):
-        first = jnp.minimum(where.i[0], sched.num_steps - 1)
-        new = first == sched.num_steps - 1
-        info = {"trajectory": where.number[0], "timestep": sched.timesteps[first]}
+        new = where.i == sched.num_steps - 1
+        info = {"trajectory": where.number, "timestep": sched.timesteps[where.i]}
         batch, where = trajectory.advance(network, teacher, sched, recipe.cfg_scale, where)
         state, metrics = optimize.update(recipe, network, state, student, batch, new)
         return state, where, {**info, **metrics}

@@ -47,33 +47,25 @@ def guided_eps(network: Network, output: Float[Array, "R H W _"], cfg_scale: flo
 def step_distance(
     network: Network, sched: diffusion.Schedule, batch: Batch, output: Float[Array, "R H W _"], cfg_scale: float
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """(L_s, L_c): how far the student's next step is from the teacher's, per pixel, and the part of it that lasts.
+    """(L_s, L_c): how far the student's next step is from the teacher's, per pixel, and the part of it that all images share.
 
     L_s is the squared 2-Wasserstein distance of what the sampler draws x_{t-1} from; of two Gaussians with independent pixels
     that is (mu - mu')^2 + (sigma - sigma')^2: errors of the guided noise prediction and of the learned variance, each with the
     weight that it has in the image.
 
-    Most of an error is new in every step, and the squares add up. Some of it is the same again and again: a colour cast, a
-    loss of contrast, and noise predicted a little too large or too small everywhere, which makes the image smoother or
-    rougher. L_c is the energy of e = mu - mu' along these directions, in each image: the mean of each channel, the teacher's
-    prediction of x_0 (less its means), and its noise prediction. Over N steps it grows with N^2, not N.
+    Errors of single pixels are as good as independent from step to step, and their squares add up. What all images have in
+    common does not average out: a colour cast, and noise predicted a little too large or too small everywhere, which makes
+    images smoother or rougher. L_c is the energy of e = mu - mu' along these four directions: the mean of each channel, and
+    the teacher's noise prediction. Over N steps it grows with N^2, not N.
     """
     half = batch.x[: len(batch.x) // 2]
-
-    def one(i: Array, x: Array, found: Array, wanted: Array, eps: Array) -> tuple[Array, Array]:
-        gaussian = lambda output: diffusion.ddpm_gaussian(sched, i, x[None], output[None])
-        (mean, deviation), (wanted_mean, wanted_deviation) = gaussian(found), gaussian(wanted)
-        error = (mean - wanted_mean)[0]
-        distance = jnp.square(error).mean() + jnp.square(deviation - wanted_deviation).mean()
-        cast = error.mean((0, 1))
-        x0 = diffusion.predict_x0(sched, i, x[None], eps[None])[0]
-        along = lambda a: jnp.square((error * a).mean()) / jnp.square(a).mean()
-        return distance, jnp.square(cast).mean() + along(eps) + along(x0 - x0.mean((0, 1), keepdims=True))
-
-    guided = [network.guide(out, cfg_scale) for out in (output, batch.output)]
+    gaussian = lambda out: diffusion.ddpm_gaussian(sched, batch.i, half, network.guide(out, cfg_scale))
+    (mean, deviation), (wanted_mean, wanted_deviation) = gaussian(output), gaussian(batch.output)
+    error = mean - wanted_mean
+    distance = jnp.square(error).mean() + jnp.square(deviation - wanted_deviation).mean()
     eps = guided_eps(network, batch.output, cfg_scale)
-    distances, lasting = jax.vmap(one)(batch.i, half, *guided, eps)
-    return distances.mean(), lasting.mean()
+    cast = jnp.square(error.mean((0, 1, 2))).mean()
+    return distance, cast + jnp.square((error * eps).mean()) / jnp.square(eps).mean()
 
 
 def agreement(

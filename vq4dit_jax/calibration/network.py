@@ -43,14 +43,11 @@ class Network:
         return jnp.concatenate([eps, label[..., channels:]], axis=-1)
 
     def rows(
-        self, x: Float[Array, "B H W C"], t: Int[Array, "..."], labels: Int[Array, " B"]
+        self, x: Float[Array, "B H W C"], t: Int[Array, ""], labels: Int[Array, " B"]
     ) -> tuple[Float[Array, "R H W C"], Int[Array, " R"], Int[Array, " R"]]:
-        """(x, t, y) of the R = 2B rows that guidance needs: B with their labels, then the same B with the null label.
-
-        t is one time step, or that of each image."""
+        """(x, t, y) of the R = 2B rows that guidance needs: B with their labels, then the same B with the null label."""
         y = jnp.concatenate([labels, jnp.full_like(labels, self.num_classes)])
-        t = jnp.broadcast_to(t, labels.shape)
-        return jnp.concatenate([x, x]), jnp.concatenate([t, t]), y
+        return jnp.concatenate([x, x]), jnp.full(y.shape, t, jnp.int32), y
 
     def predict(
         self, params: Any, x: Float[Array, "B H W C"], t: Int[Array, ""], labels: Int[Array, " B"], cfg_scale: Any

@@ -29,8 +29,6 @@ class Recipe:
       steps: optimizer steps in all; one for each time step of the teacher's trajectories.
       batch: images of a trajectory; the networks see 2 * batch rows, labels and null label.
       trajectory_steps: DDPM steps from noise to image; a new trajectory starts with new noise and classes.
-      staggered: the images of a batch are at time steps of their own, all over the trajectory; otherwise in step, as in the
-        paper, so that the student sees one time step at a time, and leans towards the latest.
       cfg_scale: guidance of the teacher's trajectory.
       num_candidates: n, codewords that each sub-vector chooses among (eq 5).
       ratio_start: "uniform" r = 1/n (paper), or "distance" r proportional to 1/distance (released code).
@@ -60,7 +58,6 @@ class Recipe:
     steps: int = 500
     batch: int = 16
     trajectory_steps: int = 50
-    staggered: bool = False
     cfg_scale: float = 1.5
     num_candidates: int = 2
     ratio_start: str = "distance"
@@ -105,7 +102,6 @@ class Recipe:
 
 LAYERWISE = dict(
     layerwise=True,
-    staggered=True,
     num_candidates=1,
     lambda_s=30.0,
     learning_rate_codebooks=5e-5,
@@ -119,7 +115,6 @@ LAYERWISE = dict(
 CANDIDATES = dict(
     layerwise=False,
     allocation="given",
-    staggered=False,
     num_candidates=2,
     lambda_s=0.0,
     learning_rate_codebooks=3e-4,
