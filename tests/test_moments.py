@@ -68,6 +68,39 @@ def test_moments_are_those_of_inputs_collected_by_hand(teacher, seen, moments):
         np.testing.assert_allclose(np.asarray(moments[path][block]), wanted, rtol=1e-4, atol=1e-5 * wanted.max())
 
 
+def test_steps_count_as_their_weights_say(teacher):
+    """The mean over steps with weights 2 and 0 is that of the first step alone, for the kernel that has them."""
+    how = dict(key=jax.random.key(3), images=2, num_steps=STEPS)
+    alike, first, last = (
+        input_moments(tiny()[0], teacher, PATHS[:2], weights={PATHS[0]: jnp.asarray(w)} if w else {}, **how)
+        for w in (None, (2.0, 0.0), (0.0, 2.0))
+    )
+    np.testing.assert_allclose((first[PATHS[0]] + last[PATHS[0]]) / 2, alike[PATHS[0]], rtol=1e-5, atol=1e-6)
+    assert not np.allclose(first[PATHS[0]], last[PATHS[0]], rtol=0.1)
+    np.testing.assert_array_equal(first[PATHS[1]], alike[PATHS[1]])
+
+
+def test_differences_are_the_moments_of_what_the_label_changes(teacher, seen):
+    """At the share of the trace that was asked for; and nothing where labels change nothing."""
+    path, share = "blocks/adaLN_modulation/1/kernel", 0.5
+    how = dict(key=jax.random.key(3), images=2, num_steps=1)
+    plain = input_moments(tiny()[0], teacher, [path], **how)[path][0]
+    found = input_moments(tiny()[0], teacher, [path], differences={path: share}, **how)[path][0]
+    # One step of one trajectory starts with the noise and the labels of `seen`, at the first of its time steps.
+    batch = seen[0]
+    c = np.asarray(
+        jax.nn.silu(tiny()[0].apply({"params": teacher}, batch.t * 0, batch.y, method="conditioning")), np.float64
+    )
+    changed = c[: len(c) // 2] - c[len(c) // 2 :]
+    wanted = changed.T @ changed
+    wanted *= share * np.trace(np.asarray(plain)) / np.trace(wanted)
+    np.testing.assert_allclose(np.asarray(found - plain), wanted, rtol=1e-3, atol=1e-5 * wanted.max())
+
+    same = {**teacher, "y_embedder": jax.tree.map(jnp.zeros_like, teacher["y_embedder"])}
+    nothing = [input_moments(tiny()[0], same, [path], differences=d, **how)[path] for d in ({}, {path: share})]
+    np.testing.assert_array_equal(*nothing)
+
+
 def test_every_layer_is_reached_and_has_a_positive_semi_definite_moment(moments):
     assert list(moments) == PATHS
     for path, found in moments.items():

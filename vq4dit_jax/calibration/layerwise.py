@@ -5,6 +5,7 @@ The mathematics, for one layer, is in `vq.layerwise`; here it is done to a tree.
 
 import itertools
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -12,18 +13,26 @@ import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
-from vq4dit_jax import quantization, reporting
-from vq4dit_jax.calibration import allocate
+from vq4dit_jax import diffusion, quantization, reporting
+from vq4dit_jax.calibration import allocate, lasting, losses, trajectory
 from vq4dit_jax.calibration.moments import input_moments
 from vq4dit_jax.calibration.network import Network, as_network
 from vq4dit_jax.calibration.recipe import Recipe
 from vq4dit_jax.models import DiT
 from vq4dit_jax.vq import VQArray, from_codes, layerwise
 
-_MOMENTS, _SHARES, _KMEANS = range(3)
+_MOMENTS, _SHARES, _KMEANS, _WEIGHTS = range(4)
 """Streams of the key."""
 _MOMENT_STEPS = 25
+_CONDITIONING = ".*adaLN.*"
+"""Kernels that read time and class alone. Each time step has a few inputs of its own and must be right; and what the class
+changes in them is a small part of their energy, and all that guidance has."""
+_LABELS = 1.0
+"""`differences` of their moments."""
+_ALIKE = 0.1
+"""The share of all other moments in which every time step counts alike; the rest is for what an error leaves in the image."""
 _LLOYD_ITERATIONS = 10
 """Of a codebook that an allocation asked for: `solve` goes on from there."""
 
@@ -33,15 +42,19 @@ def start(recipe: Recipe, model: DiT | Network, params: Any, packed: Any, key: j
 
     Memory: the moments of all layers, (I, I) float32 each; 3 GB for DiT-XL/2.
     """
-    network, keys = as_network(model, recipe.remat), [jax.random.fold_in(key, i) for i in range(3)]
+    network, keys = as_network(model, recipe.remat), [jax.random.fold_in(key, i) for i in range(4)]
+    paths = quantized_paths(packed)
+    weights = step_weights(network, params, key=keys[_WEIGHTS], images=recipe.batch, cfg_scale=recipe.cfg_scale)
     moments = input_moments(
         model,
         params,
-        quantized_paths(packed),
+        paths,
         key=keys[_MOMENTS],
         images=recipe.batch,
         num_steps=_MOMENT_STEPS,
         cfg_scale=recipe.cfg_scale,
+        weights={path: weights for path in paths if not re.fullmatch(_CONDITIONING, path)},
+        differences={path: _LABELS for path in paths if re.fullmatch(_CONDITIONING, path)},
     )
     if recipe.allocation == "given":
         return _solve_with_progress(params, packed, moments)
@@ -64,6 +77,26 @@ def start(recipe: Recipe, model: DiT | Network, params: Any, packed: Any, key: j
         max_iterations=_LLOYD_ITERATIONS,
     )
     return _solve_with_progress(params, _with_kept(fresh, packed), moments)
+
+
+def step_weights(network: Network, params: Any, *, key: jax.Array, images: int, cfg_scale: float) -> Float[Array, " N"]:
+    """What the time steps of the moments count, mean 1: `_ALIKE`, and the rest by what an error in the noise prediction leaves
+    in the image (`lasting`)."""
+    sched = diffusion.make_schedule(_MOMENT_STEPS)
+
+    def step(teacher: Any, where: trajectory.Trajectory) -> tuple[jax.Array, trajectory.Trajectory]:
+        batch, following = trajectory.advance(network, teacher, sched, cfg_scale, where)
+        eps = losses.guided_eps(network, batch.output, cfg_scale)
+        clean = diffusion.predict_x0(sched, batch.i, batch.x[:images], eps)
+        return lasting.noise_prediction_weight(sched, batch.i, lasting.octaves(clean)), following
+
+    step = jax.jit(step)
+    where, found = trajectory.begin(network, sched, jax.random.key_data(key), jnp.int32(0), images), []
+    for _ in range(sched.num_steps):
+        weight, where = step(params, where)
+        found.append(weight)
+    weights = jnp.stack(found)[::-1]
+    return _ALIKE + (1 - _ALIKE) * weights / weights.mean()
 
 
 def _with_kept(fresh: Any, packed: Any) -> Any:

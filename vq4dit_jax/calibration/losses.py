@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from vq4dit_jax import diffusion
+from vq4dit_jax.calibration import lasting
 from vq4dit_jax.calibration.network import Network
 from vq4dit_jax.calibration.trajectory import Batch
 from vq4dit_jax.vq import SoftVQArray
@@ -47,25 +48,43 @@ def guided_eps(network: Network, output: Float[Array, "R H W _"], cfg_scale: flo
 def step_distance(
     network: Network, sched: diffusion.Schedule, batch: Batch, output: Float[Array, "R H W _"], cfg_scale: float
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """(L_s, L_c): how far the student's next step is from the teacher's, per pixel, and the part of it that all images share.
+    """(L_s, L_c): what of the student's error in the sampler's next step is left in the image (`lasting`), per pixel.
 
-    L_s is the squared 2-Wasserstein distance of what the sampler draws x_{t-1} from; of two Gaussians with independent pixels
-    that is (mu - mu')^2 + (sigma - sigma')^2: errors of the guided noise prediction and of the learned variance, each with the
-    weight that it has in the image.
+    The step is a draw from a Gaussian, the teacher's N(mu, sigma^2), the student's N(mu', sigma'^2). L_s is their squared
+    2-Wasserstein distance, (mu - mu')^2 + (sigma - sigma')^2 for independent pixels, each octave with what lasts of it.
 
     Errors of single pixels are as good as independent from step to step, and their squares add up. What all images have in
-    common does not average out: a colour cast, and noise predicted a little too large or too small everywhere, which makes
-    images smoother or rougher. L_c is the energy of e = mu - mu' along these four directions: the mean of each channel, and
-    the teacher's noise prediction. Over N steps it grows with N^2, not N.
+    common does not average out, and grows with the square of the number of steps that it lasts for. L_c is the energy of
+    e = mu - mu' along such directions of a whole batch, times that number: the mean of each channel, a colour cast; and every
+    octave of the teacher's noise prediction, of what the label changes in it, and of the teacher's clean image. Weights that
+    were rounded for the smallest error make faint what they cannot represent well: fine detail, and the class.
     """
     half = batch.x[: len(batch.x) // 2]
     gaussian = lambda out: diffusion.ddpm_gaussian(sched, batch.i, half, network.guide(out, cfg_scale))
     (mean, deviation), (wanted_mean, wanted_deviation) = gaussian(output), gaussian(batch.output)
     error = mean - wanted_mean
-    distance = jnp.square(error).mean() + jnp.square(deviation - wanted_deviation).mean()
     eps = guided_eps(network, batch.output, cfg_scale)
-    cast = jnp.square(error.mean((0, 1, 2))).mean()
-    return distance, cast + jnp.square((error * eps).mean()) / jnp.square(eps).mean()
+    clean = lasting.octaves(diffusion.predict_x0(sched, batch.i, half, eps))
+    left = lasting.lasting(sched, batch.i, clean)
+    errors = lasting.octaves(error)
+    directions = zip(lasting.octaves(eps), lasting.octaves(label_part(network, batch)), clean, strict=True)
+    alone = jnp.stack([jnp.square(e).mean() for e in errors])
+    shared = jnp.stack([sum(_along(e, d) for d in part) for e, part in zip(errors, directions, strict=True)])
+    spread = jnp.square(deviation - wanted_deviation).mean() * left.fraction
+    cast = jnp.square(error.mean((0, 1, 2))).mean() * left.squared[-1] * left.steps[-1]
+    return (left.squared * (alone + spread)).sum(), cast + (left.squared * left.steps * shared).sum()
+
+
+def label_part(network: Network, batch: Batch) -> Float[Array, "B H W C"]:
+    """What the label changes in the teacher's noise prediction."""
+    label, null = jnp.split(batch.output[..., : network.sample_shape[-1]], 2)
+    return label - null
+
+
+def _along(error: Float[Array, "B H W C"], direction: Float[Array, "B H W C"]) -> Float[Array, ""]:
+    """The energy of `error` along one direction of the whole batch, per pixel."""
+    energy = jnp.square(direction).mean()
+    return jnp.square((error * direction).mean()) / jnp.where(energy > 0, energy, 1.0)
 
 
 def agreement(

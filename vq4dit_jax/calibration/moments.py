@@ -9,7 +9,9 @@ The probes below a probe are still visited, because the gradient of its input is
 """
 
 import dataclasses
-from collections.abc import Iterable
+import functools
+import types
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import flax.traverse_util
@@ -27,30 +29,46 @@ from vq4dit_jax.models import DiT
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Probe:
-    """A dense kernel (*stack, I, O) that `linear` uses as it would the array; the gradient of `moments` is X^T X / N."""
+    """A dense kernel (*stack, I, O) that `linear` uses as it would the array; the gradient of `moments` is X^T X / N.
+
+    With `differences` > 0 those of x_label - x_null are added, scaled to that share of the trace: the first half of the rows
+    has labels, and the second is the same with the null label.
+    """
 
     kernel: Any
     moments: Any  # float32 (*stack, I, I)
+    differences: float = dataclasses.field(default=0.0, metadata={"static": True})
 
     def matmul(self, x: Float[Array, "*batch I"]) -> Float[Array, "*batch O"]:
         """x @ kernel of one matrix (no stack axes)."""
-        return _probe(x, self.kernel, self.moments)
+        return _probe(self.differences, x, self.kernel, self.moments)
 
 
-@jax.custom_vjp
-def _probe(x: Array, kernel: Array, moments: Array) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _probe(differences: float, x: Array, kernel: Array, moments: Array) -> Array:
     return jnp.matmul(x, kernel.astype(x.dtype))
 
 
-def _forward(x: Array, kernel: Array, moments: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _probe(x, kernel, moments), (x, kernel)
+def _forward(differences: float, x: Array, kernel: Array, moments: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _probe(differences, x, kernel, moments), (x, kernel)
 
 
-def _backward(residuals: tuple[Array, Array], _: Array) -> tuple[Array, Array, Array]:
+def _backward(differences: float, residuals: tuple[Array, Array], _: Array) -> tuple[Array, Array, Array]:
     x, kernel = residuals
-    rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
-    moments = jnp.matmul(rows.T, rows, precision=jax.lax.Precision.HIGHEST) / len(rows)
+    moments = _second_moments(x)
+    if differences:
+        label, null = jnp.split(x, 2)
+        found = _second_moments(label - null)
+        trace = jnp.trace(found)
+        moments += (
+            differences * found * jnp.where(trace > 0, jnp.trace(moments) / jnp.where(trace > 0, trace, 1.0), 0.0)
+        )
     return jnp.zeros_like(x), jnp.zeros_like(kernel), moments
+
+
+def _second_moments(x: Float[Array, "*batch I"]) -> Float[Array, "I I"]:
+    rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+    return jnp.matmul(rows.T, rows, precision=jax.lax.Precision.HIGHEST) / len(rows)
 
 
 _probe.defvjp(_forward, _backward)
@@ -66,6 +84,8 @@ def input_moments(
     num_steps: int = 10,
     trajectories: int = 1,
     cfg_scale: float = 1.5,
+    weights: Mapping[str, Float[Array, " N"]] = types.MappingProxyType({}),
+    differences: Mapping[str, float] = types.MappingProxyType({}),
 ) -> dict[str, Float[Array, "*stack I I"]]:
     """X^T X / N of the inputs of the kernels at `paths`, float32, over the teacher's guided DDPM trajectories (zero data).
 
@@ -75,9 +95,11 @@ def input_moments(
       paths: '/'-joined, of kernels (*stack, I, O), such as "blocks/attn/qkv/kernel".
       key: of noise and classes.
       images: of a trajectory; the network sees twice as many rows, with labels and with the null label.
-      num_steps: of a trajectory, evenly spaced over the time steps. Every step counts alike.
+      num_steps: of a trajectory, evenly spaced over the time steps.
       trajectories: how many, one after the other.
       cfg_scale: guidance of the trajectories.
+      weights: path -> what each step counts for this kernel, with the indices of `diffusion.Schedule` and a mean of 1; steps
+        count alike where a path has none.
 
     Raises InputError for a path that is no kernel of `params`, a network that cannot take a `Probe`, and a kernel that
     the network does not use.
@@ -97,14 +119,16 @@ def input_moments(
     sched = diffusion.make_schedule(num_steps)
 
     def probed(zeros: dict[str, Array], where: Any, flat: dict[str, Any]) -> tuple[Array, Any]:
-        leaves = flat | {path: Probe(flat[path], zero) for path, zero in zeros.items()}
+        leaves = flat | {path: Probe(flat[path], zero, differences.get(path, 0.0)) for path, zero in zeros.items()}
         teacher = flax.traverse_util.unflatten_dict(leaves, sep="/")
         batch, where = trajectory.advance(network, teacher, sched, cfg_scale, where)
         return sum(a.sum(dtype=jnp.float32) for a in jax.tree.leaves((batch.output, batch.blocks))), where
 
+    counts = {path: weights.get(path, jnp.ones(num_steps)) for path in zeros}
+
     def step(total: dict[str, Array], where: Any, flat: dict[str, Any]) -> tuple[dict[str, Array], Any]:
-        found, where = jax.grad(probed, has_aux=True)(zeros, where, flat)
-        return jax.tree.map(jnp.add, total, found), where
+        found, following = jax.grad(probed, has_aux=True)(zeros, where, flat)
+        return {path: total[path] + counts[path][where.i] * found[path] for path in zeros}, following
 
     where = trajectory.begin(network, sched, jax.random.key_data(key), jnp.int32(0), images)
     try:

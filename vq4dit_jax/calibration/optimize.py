@@ -177,8 +177,7 @@ def update(
         else:
             l_r = losses.released_regularizer(leaves)
             weight = jnp.where(l_r > floor, 1.0, 0.0)
-        l_n = l_s + (recipe.trajectory_steps - 1) * l_c
-        loss = recipe.lambda_d * l_d + recipe.lambda_s * l_n + recipe.lambda_r * weight * l_r
+        loss = recipe.lambda_d * l_d + recipe.lambda_s * (l_s + l_c) + recipe.lambda_r * weight * l_r
         return loss, (l_d, l_s, l_c, l_r)
 
     (loss, (l_d, l_s, l_c, l_r)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.trainable)
