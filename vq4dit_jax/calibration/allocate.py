@@ -2,9 +2,8 @@
 
     minimise  sum_l s_l D(spec_l) / D(now_l)     subject to  sum_l bits(spec_l) <= budget
 
-s_l is the share of L_s, the error of the sampler's next step (`losses.step_distance`), that layer l has when it alone is
-quantized as it is now, summed over the steps of a trajectory; such errors add up (on the built-in model to four fifths of the
-error of all layers together). D is what a codebook leaves of the error of a layer's outputs, and bits count codes and
+s_l is the share of L_s + L_c, the error of the sampler's next step (`losses.step_distance`), that layer l has when it alone is
+quantized as it is now, summed over the steps of a trajectory, as if such errors added up. D is what a codebook leaves of the error of a layer's outputs, and bits count codes and
 codewords. For a price on bits every layer chooses on its own (Shoham & Gersho 1988); the least price that the budget allows
 is found by bisection.
 """
@@ -115,7 +114,7 @@ def layers(
 
     def error(student: Any, batch: trajectory.Batch) -> jax.Array:
         output = network.apply(student, batch.x, batch.t, batch.y)[0]
-        return losses.step_distance(network, sched, batch, output, cfg_scale)[0]
+        return sum(losses.step_distance(network, sched, batch, output, cfg_scale))
 
     measure = jax.jit(error)
     teacher = flax.traverse_util.flatten_dict(params, sep="/")

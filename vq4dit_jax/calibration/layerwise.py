@@ -29,7 +29,7 @@ _MOMENT_STEPS = 25
 _CONDITIONING = ".*adaLN.*"
 """Kernels that read time and class alone. Each time step has a few inputs of its own and must be right; and what the class
 changes in them is a small part of their energy, and all that guidance has."""
-_LABELS = 1.0
+_LABELS = 0.5
 """`differences` of their moments."""
 _ALIKE = 0.1
 """The share of all other moments in which every time step counts alike; the rest is for what an error leaves in the image."""
@@ -53,7 +53,7 @@ def start(recipe: Recipe, model: DiT | Network, params: Any, packed: Any, key: j
         images=recipe.batch,
         num_steps=_MOMENT_STEPS,
         cfg_scale=recipe.cfg_scale,
-        weights={path: weights for path in paths if not re.fullmatch(_CONDITIONING, path)},
+        weights={path: (1 + weights) / 2 if re.fullmatch(_CONDITIONING, path) else weights for path in paths},
         differences={path: _LABELS for path in paths if re.fullmatch(_CONDITIONING, path)},
     )
     if recipe.allocation == "given":

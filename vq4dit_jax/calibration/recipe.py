@@ -35,8 +35,8 @@ class Recipe:
       regularizer: "paper" sum_n (1 - |2r - 1|) averaged over sub-vectors (eq 9), or "released" n * mean r(1 - r) over
         those not yet frozen, averaged over layers, and only on steps where it is above its minimum of that trajectory.
       lambda_d, lambda_r: weights of L_d and L_r (eq 10).
-      lambda_s: weight of L_s + (N - 1) L_c, how far the sampler's next step is from the teacher's (`losses.step_distance`);
-        N = trajectory_steps.
+      lambda_s: weight of L_s + L_c, what is left in the image of the error of the sampler's next step
+        (`losses.step_distance`).
       tuned: a regular expression; parameters that are not quantized and whose paths match it whole are trained, too.
       learning_rate_ratios, learning_rate_codebooks, learning_rate_biases, learning_rate_tuned: of the optimizer.
       optimizer: "adam", or "rmsprop" as in the paper.
@@ -103,12 +103,13 @@ class Recipe:
 LAYERWISE = dict(
     layerwise=True,
     num_candidates=1,
-    lambda_s=30.0,
-    learning_rate_codebooks=5e-5,
-    learning_rate_biases=1e-4,
+    lambda_s=100.0,
+    learning_rate_codebooks=1e-5,
+    learning_rate_biases=2e-5,
+    learning_rate_tuned=2e-6,
     tuned="final_layer/.*",
     optimizer="adam",
-    decay=0.95,
+    decay=0.99,
 )
 """The best there is for a DiT, and the configs' own."""
 
@@ -119,6 +120,7 @@ CANDIDATES = dict(
     lambda_s=0.0,
     learning_rate_codebooks=3e-4,
     learning_rate_biases=3e-4,
+    learning_rate_tuned=1e-5,
     tuned="",
     optimizer="rmsprop",
     decay=0.9,

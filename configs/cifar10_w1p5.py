@@ -1,0 +1,14 @@
+"""The built-in CIFAR-10 DiT at 1.5 bits a weight, spread over its layers from 0.75 to 4.
+
+Costs: as configs/cifar10_w2.py.   Gives: three quarters of its size; docs/quality.md says what is left of the pictures.
+"""
+
+from ml_collections import ConfigDict
+
+from vq4dit_jax.config import cifar10
+
+
+def get_config() -> ConfigDict:
+    c = cifar10()
+    c.quantize.bits = 1.5
+    return c.lock()
