@@ -49,7 +49,7 @@ def lasting(sched: diffusion.Schedule, i: diffusion.Index, clean: list[Float[Arr
     fraction = jnp.asarray([0.75 * 0.25**k for k in range(finer)] + [0.25**finer], jnp.float32)
     variance = jnp.stack([jnp.square(part).mean() for part in clean]) / fraction + 1e-12
     a = sched.alpha_bar_prev[:, None]
-    kept = a * variance[None] / (a * variance[None] + 1 - a)
+    kept = a * variance[None] / (a * variance[None] + (1 - a))
     return Lasting(jnp.square(kept[i]) / a[i], kept.sum(0), fraction)
 
 
