@@ -9,6 +9,13 @@ import jax.numpy as jnp
 from vq4dit_jax.models import DiT
 from vq4dit_jax.quantization import random_params
 
+SOFT = (
+    "--config.calibration.layerwise=False",
+    "--config.calibration.allocation=given",
+    "--config.calibration.num_candidates=2",
+)
+"""Flags of a run whose layers are not solved: compiling that takes minutes. test_layerwise_calibration has it, on a small model."""
+
 
 @functools.cache
 def tiny(**overrides: Any) -> tuple[DiT, Any]:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
+from models import SOFT
 from safetensors.numpy import save_file
 
 from convert.inception import expected_shapes, graph_name
@@ -19,6 +20,7 @@ from vq4dit_jax.models.vae import AutoencoderKL
 pytestmark = pytest.mark.once
 
 SMALL = (
+    *SOFT,
     "--config.model.random_init=True", "--config.model.variant=DiT-S/2", "--config.model.depth=1", "--config.model.input_size=4",
     "--config.calibration.steps=2", "--config.calibration.batch=2", "--config.calibration.trajectory_steps=3",
     "--config.quantize.kmeans_iterations=2", "--config.sample.num_images=5", "--config.sample.batch=3",

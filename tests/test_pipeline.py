@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import ROOT
+from models import SOFT
 from safetensors.numpy import load_file, save_file
 
 import vq4dit_jax
@@ -21,12 +22,6 @@ from vq4dit_jax import main as command
 from vq4dit_jax.files import asset
 
 CONFIG = "--config=configs/cifar10_w2.py"
-# Solving layers takes minutes on the demo model; test_layerwise_calibration kills such runs of a small one.
-SOFT = (
-    "--config.calibration.layerwise=False",
-    "--config.calibration.allocation=given",
-    "--config.calibration.num_candidates=2",
-)
 SMALL = (
     "--config.calibration.steps=4",
     *SOFT,
