@@ -11,6 +11,7 @@ from vq4dit_jax import diffusion
 from vq4dit_jax.calibration import lasting
 
 
+@settings(max_examples=20)  # each new shape is compiled
 @given(
     st.integers(1, 3), st.sampled_from([1, 2, 3, 4, 6, 8, 16]), st.sampled_from([1, 2, 4, 12, 16]), st.integers(0, 9)
 )

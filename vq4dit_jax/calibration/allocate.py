@@ -3,9 +3,9 @@
     minimise  sum_l s_l D(spec_l) / D(now_l)     subject to  sum_l bits(spec_l) <= budget
 
 s_l is the share of L_s + L_c, the error of the sampler's next step (`losses.step_distance`), that layer l has when it alone is
-quantized as it is now, summed over the steps of a trajectory, as if such errors added up. D is what a codebook leaves of the error of a layer's outputs, and bits count codes and
-codewords. For a price on bits every layer chooses on its own (Shoham & Gersho 1988); the least price that the budget allows
-is found by bisection.
+quantized as it is now, summed over the steps of a trajectory, as if such errors added up. D is what a codebook leaves of the
+error of a layer's outputs, and bits count codes and codewords. For a price on bits every layer chooses on its own (Shoham &
+Gersho 1988); the least price that the budget allows is found by bisection.
 """
 
 import dataclasses
