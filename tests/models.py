@@ -14,7 +14,7 @@ SOFT = (
     "--config.calibration.allocation=given",
     "--config.calibration.num_candidates=2",
 )
-"""Flags of a run whose layers are not solved: that is minutes of compiling. test_layerwise_calibration does it to a small model."""
+"""Flags of a run whose layers are not solved: that takes minutes. test_layerwise_calibration does it to a small model."""
 
 
 @functools.cache
