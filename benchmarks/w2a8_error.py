@@ -20,7 +20,7 @@ import numpy as np
 
 import vq4dit_jax as vq
 from benchmarks import record
-from vq4dit_jax import diffusion, files, provenance
+from vq4dit_jax import files, provenance
 from vq4dit_jax.calibration import losses, trajectory
 from vq4dit_jax.calibration.network import as_network
 
@@ -50,17 +50,12 @@ def forms(model: vq.DiT, teacher: Any, packed: Any) -> dict[str, Form]:
 def differences(reference: Form, others: dict[str, Form], key: jax.Array) -> dict[str, float]:
     """Mean relative L2 difference of the guided noise prediction to the reference, on the reference's trajectory."""
     model, params = reference
-    schedule = diffusion.make_schedule(STEPS)
-    network = as_network(model)
-    advance = jax.jit(lambda params, where: trajectory.advance(network, params, schedule, CFG_SCALE, where))
     measures = {
         name: jax.jit(functools.partial(losses.agreement, as_network(other), cfg_scale=CFG_SCALE))
         for name, (other, _) in others.items()
     }
-    where = trajectory.begin(network, schedule, jax.random.key_data(key), jnp.int32(0), IMAGES)
     found: dict[str, list[float]] = {name: [] for name in others}
-    for _ in range(STEPS):
-        batch, where = advance(params, where)
+    for batch in trajectory.batches(as_network(model), params, STEPS, key=key, images=IMAGES, cfg_scale=CFG_SCALE):
         for name, (_, other) in others.items():
             found[name].append(float(measures[name](other, batch)[1]))
     return {name: float(np.mean(values)) for name, values in found.items()}

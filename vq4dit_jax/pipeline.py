@@ -39,7 +39,7 @@ from vq4dit_jax.reporting.layers import layer_table
 from vq4dit_jax.summary import METHODS, MODELS
 from vq4dit_jax.workdir import Workdir
 
-_KMEANS, _TRAJECTORIES, _SAMPLES, _HELD_OUT, _INIT = range(5)
+KMEANS, TRAJECTORIES, SAMPLES, HELD_OUT, INIT = range(5)
 """Streams of the run's seed."""
 
 
@@ -77,7 +77,7 @@ class Pipeline:
     @functools.cached_property
     def teacher(self) -> tuple[DiT, Any]:
         """The full-precision model."""
-        return load_teacher(self.config.model, self.key(_INIT))
+        return load_teacher(self.config.model, self.key(INIT))
 
     @functools.cached_property
     def kmeans(self) -> Any:
@@ -150,7 +150,7 @@ class Pipeline:
             with reporting.progress(roles, "k-means", "layer stack") as bar:
                 packed = quantization.quantize(
                     _cast_kept(teacher, c.other_dtype),
-                    key=self.key(_KMEANS),
+                    key=self.key(KMEANS),
                     rules=rules,
                     codebook_dtype=c.codebook_dtype,
                     max_iterations=c.kmeans_iterations,
@@ -167,7 +167,7 @@ class Pipeline:
                 model,
                 teacher,
                 self.kmeans,
-                key=self.key(_TRAJECTORIES),
+                key=self.key(TRAJECTORIES),
                 recipe=configs.recipe(self.config),
                 folder=self.dir.calibration,
                 log_file=self.dir.log,
@@ -200,7 +200,7 @@ class Pipeline:
                             self._plan(steps),
                             model,
                             self._sampling_params(name),
-                            self.key(_SAMPLES),
+                            self.key(SAMPLES),
                             self._npz(name, steps),
                             self.decoder,
                             f"sample {name}, {steps} steps",
@@ -248,7 +248,7 @@ class Pipeline:
         c = self.config.sample
         count = min(c.grid_images, c.num_images)
         images = {name: generation.read_head(self._npz(name, c.steps), count) for name in MODELS}
-        labels = generation.class_labels(c.labels, self.key(_SAMPLES), np.arange(count), model.num_classes)
+        labels = generation.class_labels(c.labels, self.key(SAMPLES), np.arange(count), model.num_classes)
         names = list(self.config.evaluation.class_names)
         return images, [names[i] if i < len(names) else f"class {i}" for i in labels]
 
@@ -264,7 +264,7 @@ class Pipeline:
                 teacher,
                 {"kmeans": self.kmeans, "hard": packed},
                 self.config.calibration.cfg_scale,
-                self.key(_HELD_OUT),
+                self.key(HELD_OUT),
             )
             size = quantization.sizes(packed)
             quality = {

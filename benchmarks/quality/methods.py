@@ -10,10 +10,7 @@ import jax
 from vq4dit_jax import baselines, calibration, checkpoint, quantization
 from vq4dit_jax import config as configs
 from vq4dit_jax.calibration.moments import input_moments
-from vq4dit_jax.pipeline import Pipeline
-
-TRAJECTORIES = 1
-"""Stream of a run's seed, numbered as in `pipeline`."""
+from vq4dit_jax.pipeline import TRAJECTORIES, Pipeline
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,9 +17,6 @@ from vq4dit_jax import files
 from vq4dit_jax.errors import InputError
 from vq4dit_jax.quantization import BITS
 
-SAMPLES, HELD_OUT = 2, 3
-"""Streams of the table's own seed, numbered as `pipeline` numbers those of a run."""
-
 
 @dataclasses.dataclass(frozen=True)
 class Row:

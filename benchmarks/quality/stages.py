@@ -16,12 +16,12 @@ import numpy as np
 
 from benchmarks import record
 from benchmarks.quality.methods import METHODS
-from benchmarks.quality.rows import HELD_OUT, SAMPLES, Case
+from benchmarks.quality.rows import Case
 from vq4dit_jax import checkpoint, files, generation, provenance, quantization, sources
 from vq4dit_jax import config as configs
 from vq4dit_jax.calibration import held_out_agreement
 from vq4dit_jax.errors import InputError
-from vq4dit_jax.pipeline import Pipeline
+from vq4dit_jax.pipeline import HELD_OUT, SAMPLES, Pipeline
 from vq4dit_jax.reporting.markup import figure
 from vq4dit_jax.workdir import Workdir
 

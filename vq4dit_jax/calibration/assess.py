@@ -3,10 +3,8 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from vq4dit_jax import diffusion
 from vq4dit_jax.calibration import losses, trajectory
 from vq4dit_jax.calibration.network import Network, as_network, check
 from vq4dit_jax.models import DiT
@@ -24,14 +22,12 @@ def held_out_agreement(
     """
     network = as_network(model)
     check(network, teacher)
-    sched = diffusion.make_schedule(HELD_OUT_STEPS)
-    advance = jax.jit(lambda teacher, where: trajectory.advance(network, teacher, sched, cfg_scale, where))
     measure = jax.jit(lambda params, batch: losses.agreement(network, params, batch, cfg_scale))
     students = {name: joined(params) for name, params in students.items()}
-    where = trajectory.begin(network, sched, jax.random.key_data(key), jnp.int32(0), HELD_OUT_IMAGES)
     found: dict[str, list] = {name: [] for name in students}
-    for _ in range(HELD_OUT_STEPS):
-        batch, where = advance(teacher, where)
+    for batch in trajectory.batches(
+        network, teacher, HELD_OUT_STEPS, key=key, images=HELD_OUT_IMAGES, cfg_scale=cfg_scale
+    ):
         for name, params in students.items():
             found[name].append([float(v) for v in measure(params, batch)])
     return {name: tuple(np.mean(values, axis=0).tolist()) for name, values in found.items()}

@@ -3,6 +3,7 @@
 The mathematics, for one layer, is in `vq.layerwise`; here it is done to a tree.
 """
 
+import dataclasses
 import itertools
 import math
 import re
@@ -32,7 +33,8 @@ changes in them is a small part of their energy, and all that guidance has."""
 _LABELS = 0.5
 """`differences` of their moments."""
 _ALIKE = 0.1
-"""The share of all other moments in which every time step counts alike; the rest is for what an error leaves in the image."""
+"""The share of moments in which every time step counts alike; the rest is for what an error leaves in the image. Of the
+moments of `_CONDITIONING` one half more counts alike."""
 _LLOYD_ITERATIONS = 10
 """Of a codebook that an allocation asked for: `solve` goes on from there."""
 
@@ -84,18 +86,14 @@ def step_weights(network: Network, params: Any, *, key: jax.Array, images: int, 
     in the image (`lasting`)."""
     sched = diffusion.make_schedule(_MOMENT_STEPS)
 
-    def step(teacher: Any, where: trajectory.Trajectory) -> tuple[jax.Array, trajectory.Trajectory]:
-        batch, following = trajectory.advance(network, teacher, sched, cfg_scale, where)
+    @jax.jit
+    def weight(batch: trajectory.Batch) -> jax.Array:
         eps = losses.guided_eps(network, batch.output, cfg_scale)
         clean = diffusion.predict_x0(sched, batch.i, batch.x[:images], eps)
-        return lasting.noise_prediction_weight(sched, batch.i, lasting.octaves(clean)), following
+        return lasting.noise_prediction_weight(sched, batch.i, lasting.octaves(clean))
 
-    step = jax.jit(step)
-    where, found = trajectory.begin(network, sched, jax.random.key_data(key), jnp.int32(0), images), []
-    for _ in range(sched.num_steps):
-        weight, where = step(params, where)
-        found.append(weight)
-    weights = jnp.stack(found)[::-1]
+    shown = trajectory.batches(network, params, _MOMENT_STEPS, key=key, images=images, cfg_scale=cfg_scale)
+    weights = jnp.stack([weight(dataclasses.replace(batch, blocks=None)) for batch in shown])[::-1]
     return _ALIKE + (1 - _ALIKE) * weights / weights.mean()
 
 

@@ -87,7 +87,8 @@ def calibrate(
       folder: where `start` (with layerwise: what the steps begin with) is written, and `step_NNNNNN` (orbax: state and
         trajectory) every `save_every` steps and at the end. The same call continues from it, with the same bits as if it
         had never stopped. None: nothing is written.
-      log_file: one JSON line for each step, see `read_log`; continued as well.
+      log_file: one JSON line for each step, see `read_log`; continued as well. The seconds of the first are those of the
+        layerwise solution, too.
       on_step: is given each line after its step.
 
     Raises:
@@ -98,9 +99,11 @@ def calibrate(
     network = as_network(model, recipe.remat)
     check(network, params)
     sched = diffusion.make_schedule(recipe.trajectory_steps)
-    run = _Folder(folder, recipe)
+    run, before = _Folder(folder, recipe), 0.0
     if recipe.layerwise:
-        packed = run.start(lambda: layerwise.start(recipe, model, params, packed, jax.random.fold_in(key, _LAYERWISE)))
+        packed, before = run.start(
+            lambda: layerwise.start(recipe, model, params, packed, jax.random.fold_in(key, _LAYERWISE))
+        )
     student = make_student(recipe, params, packed)
     check(network, student)
     state = optimize.init(recipe, student)
@@ -122,7 +125,8 @@ def calibrate(
         for number in range(done + 1, recipe.steps + 1):
             begun = time.perf_counter()
             state, where, metrics = step(state, where, student, params)
-            line = {"step": number, **_plain(metrics), "seconds": round(time.perf_counter() - begun, 4)}
+            seconds = time.perf_counter() - begun + (before if number == 1 else 0.0)
+            line = {"step": number, **_plain(metrics), "seconds": round(seconds, 4)}
             if number % _HISTOGRAM_EVERY and number not in (1, recipe.steps):
                 del line["ratio_histogram"]
             log.write(json.dumps(line) + "\n")
@@ -151,18 +155,19 @@ class _Folder:
     def _file(self, step: int) -> pathlib.Path:
         return self.path / f"step_{step:06d}"
 
-    def start(self, make: Callable[[], Any]) -> Any:
-        """What `make` makes, from its file where that is already there."""
-        if self.path is None:
-            return make()
-        file = self.path / "start"
-        if not file.exists():
-            tree = make()
-            checkpoint.save_quantized(file, {"stage": "layerwise"}, tree, {"recipe": self.recipe})
-            return tree
-        _, tree, manifest = checkpoint.load_quantized(file)
-        self._same(manifest["extra"])
-        return tree
+    def start(self, make: Callable[[], Any]) -> tuple[Any, float]:
+        """What `make` makes, from its file where that is already there; and the seconds that it took to make."""
+        file = self.path and self.path / "start"
+        if file and file.exists():
+            _, tree, manifest = checkpoint.load_quantized(file)
+            self._same(manifest["extra"])
+            return tree, manifest["extra"]["seconds"]
+        begun = time.perf_counter()
+        tree = jax.block_until_ready(make())
+        seconds = time.perf_counter() - begun
+        if file:
+            checkpoint.save_quantized(file, {"stage": "layerwise"}, tree, {"recipe": self.recipe, "seconds": seconds})
+        return tree, seconds
 
     def _same(self, metadata: dict[str, Any]) -> None:
         theirs = metadata.get("recipe", {})

@@ -100,6 +100,8 @@ def input_moments(
       cfg_scale: guidance of the trajectories.
       weights: path -> what each step counts for this kernel, with the indices of `diffusion.Schedule` and a mean of 1; steps
         count alike where a path has none.
+      differences: path -> what differences between a label and the null label count beside the whole, see `Probe`; nothing
+        where a path has none.
 
     Raises InputError for a path that is no kernel of `params`, a network that cannot take a `Probe`, and a kernel that
     the network does not use.

@@ -1,6 +1,7 @@
 """The producer of calibration data: the full-precision teacher denoises from pure noise (zero-data calibration)."""
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -63,3 +64,16 @@ def advance(
     fresh = begin(network, sched, trajectory.key_data, trajectory.number + 1, count)
     following = jax.tree.map(lambda new, old: jnp.where(i == 0, new, old), fresh, following)
     return Batch(i, x, t, y, output, blocks), following
+
+
+def batches(
+    network: Network, teacher: Any, num_steps: int, *, key: jax.Array, images: int, cfg_scale: float
+) -> Iterator[Batch]:
+    """The `num_steps` batches of one trajectory, from noise to image."""
+    sched = diffusion.make_schedule(num_steps)
+    # The teacher is an argument, not a constant: constants would be compiled into the program.
+    step = jax.jit(lambda teacher, where: advance(network, teacher, sched, cfg_scale, where))
+    where = begin(network, sched, jax.random.key_data(key), jnp.int32(0), images)
+    for _ in range(num_steps):
+        batch, where = step(teacher, where)
+        yield batch
