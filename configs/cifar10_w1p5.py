@@ -1,6 +1,6 @@
 """The built-in CIFAR-10 DiT at 1.5 bits a weight, spread over its layers from 0.75 to 4.
 
-Costs: as configs/cifar10_w2.py.   Gives: three quarters of its size; docs/quality.md says what is left of the pictures.
+Costs: as configs/cifar10_w2.py.   Gives: three quarters of the bytes of its codes and codebooks.
 """
 
 from ml_collections import ConfigDict

@@ -174,3 +174,25 @@ def test_rules_match_their_paths_alone():
 
     assert spec_of("blocks/1/mlp/fc1/kernel", rules) == VQSpec(64, 2)
     assert spec_of("blocks/11/mlp/fc1/kernel", rules) is None
+
+
+def test_a_small_part_of_the_inputs_is_kept_where_it_counts_on_its_own():
+    """adaLN's case: what labels change is a small part of the inputs' energy, in directions of its own. Counted with all the rest
+    it is lost, though the whole is right; counted on its own (`moments.Probe.differences`) it is kept."""
+    rng = np.random.default_rng(0)
+    weight = jnp.asarray(rng.standard_normal((96, 32)), jnp.float32)
+    codebook = jnp.asarray(rng.standard_normal((1, 16, 4)), jnp.float32)
+
+    def moments(directions, energy):
+        inputs = rng.standard_normal((directions, 32))
+        return inputs.T @ inputs * (energy / np.square(inputs).sum())
+
+    times, labels = moments(24, 1.0), moments(4, 0.003)
+    whole = times + labels
+
+    def lost(counted):
+        found = layerwise.solve(weight, layerwise.condition(jnp.asarray(counted, jnp.float32)), codebook)[:2]
+        return numpy_error(weight, whole, *found), numpy_error(weight, labels, *found)
+
+    plain, own = lost(whole), lost(whole + 0.5 * labels / np.trace(labels) * np.trace(whole))
+    assert own[1] < plain[1] / 5 and own[0] < 2 * plain[0]
