@@ -1,5 +1,6 @@
 """What a training run leaves behind: the weights as a checkpoint of facebookresearch/DiT, samples, figures, the model card."""
 
+import dataclasses
 import os
 import pathlib
 from typing import Any
@@ -50,35 +51,34 @@ def write_pretrained(file: str | os.PathLike, model: DiT, params: Any, metadata:
         partial.chmod(0o644)  # save_file lets only the owner read
 
 
-def write_all(
-    workdir: pathlib.Path,
-    model: DiT,
-    params: Any,
-    step: int,
-    recipe: Recipe,
-    data: Dataset,
-    started_from: str | None,
-    command: str,
-    eval_images: int,
-) -> None:
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """Where weights come from. `started_from` are the weights that the training began with, None for random ones."""
+
+    step: int
+    recipe: Recipe
+    data: Dataset
+    started_from: str | None
+    command: str
+
+
+def write_all(workdir: pathlib.Path, model: DiT, params: Any, origin: Origin, eval_images: int) -> None:
     """Writes model.safetensors, samples.png, metrics.json and model_card.md; what is there of an earlier step is replaced."""
     from convert.load import load_pretrained
 
     file = workdir / "model.safetensors"
-    origin = f"`{command}`, averaged weights of step {step}"
-    write_pretrained(file, model, params, {"origin": origin, "licence": "Apache-2.0"})
+    made = f"`{origin.command}`, averaged weights of step {origin.step}"
+    write_pretrained(file, model, params, {"origin": made, "licence": "Apache-2.0"})
     # All that follows is of the file, as others will read it.
     model, params = load_pretrained(file)
     samples = sample(workdir / "samples", model, params, max(eval_images, _ROWS * model.num_classes))
     reporting.write_grid(
         workdir / "samples.png", generation.read_head(samples, _ROWS * model.num_classes), columns=model.num_classes
     )
-    metrics = {"step": step, **(measure(samples, eval_images) if eval_images else {})}
+    metrics = {"step": origin.step, **(measure(samples, eval_images) if eval_images else {})}
     files.write_json(workdir / "metrics.json", metrics)
-    files.write_text(
-        workdir / "model_card.md", model_card(model, params, step, recipe, data, started_from, command, metrics)
-    )
-    print(f"{file}: step {step} of {recipe.steps}; {spell(metrics)}")
+    files.write_text(workdir / "model_card.md", model_card(model, params, origin, metrics))
+    print(f"{file}: step {origin.step} of {origin.recipe.steps}; {spell(metrics)}")
 
 
 def sample(folder: pathlib.Path, model: DiT, params: Any, count: int) -> pathlib.Path:
@@ -142,30 +142,22 @@ model, params = vq.load_pretrained("model.safetensors")
 """
 
 
-def model_card(
-    model: DiT,
-    params: Any,
-    step: int,
-    recipe: Recipe,
-    data: Dataset,
-    started_from: str | None,
-    command: str,
-    metrics: dict[str, Any],
-) -> str:
+def model_card(model: DiT, params: Any, origin: Origin, metrics: dict[str, Any]) -> str:
+    data = origin.data
     return _CARD.format(
         m=model,
-        r=recipe,
-        step=step,
+        r=origin.recipe,
+        step=origin.step,
         images=len(data.images),
         parameters=sum(leaf.size for leaf in jax.tree.leaves(params)),
         last=model.num_classes - 1,
         classes=", ".join(data.classes),
         sha256=data.sha256,
-        started=f"the weights `{started_from}`" if started_from else "random weights",
-        epochs=step / (len(data.images) // recipe.batch),
+        started=f"the weights `{origin.started_from}`" if origin.started_from else "random weights",
+        epochs=origin.step / (len(data.images) // origin.recipe.batch),
         devices=provenance.devices(),
         versions=", ".join(f"{name} {version}" for name, version in provenance.versions().items()),
-        command=command,
+        command=origin.command,
         figures=spell(metrics),
         rows=_ROWS,
     )

@@ -111,17 +111,8 @@ def _main(flags: argparse.Namespace, arguments: str) -> None:
             log = flags.workdir / "train_log.jsonl"
             state = training.train(model, recipe, data, params, checkpoints, log, flags.save_every)
         command = f"python -m examples.train_reference {arguments}"
-        export.write_all(
-            flags.workdir,
-            model,
-            training.finalize(model, state),
-            step=int(state.step),
-            recipe=recipe,
-            data=data,
-            started_from=flags.init,
-            command=command,
-            eval_images=flags.eval_images,
-        )
+        origin = export.Origin(int(state.step), recipe, data, flags.init, command)
+        export.write_all(flags.workdir, model, training.finalize(model, state), origin, flags.eval_images)
 
 
 def _recipe(flags: argparse.Namespace) -> training.Recipe:
