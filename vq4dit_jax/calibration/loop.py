@@ -125,8 +125,9 @@ def calibrate(
         for number in range(done + 1, recipe.steps + 1):
             begun = time.perf_counter()
             state, where, metrics = step(state, where, student, params)
+            line = {"step": number, **_plain(metrics)}  # waits for the step
             seconds = time.perf_counter() - begun + (before if number == 1 else 0.0)
-            line = {"step": number, **_plain(metrics), "seconds": round(seconds, 4)}
+            line["seconds"] = round(seconds, 4)
             if number % _HISTOGRAM_EVERY and number not in (1, recipe.steps):
                 del line["ratio_histogram"]
             log.write(json.dumps(line) + "\n")
