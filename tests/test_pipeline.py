@@ -4,7 +4,6 @@ import json
 import os
 import pathlib
 import pickle
-import shutil
 import signal
 import subprocess
 import sys
@@ -34,7 +33,6 @@ SMALL = (
     "--config.sample.steps=2",
     "--config.sample.grid_images=6",
 )
-STAGES = ("load", "quantize", "calibrate", "export", "sample", "evaluate", "report")
 
 
 def _run(*arguments, **popen) -> subprocess.CompletedProcess:
@@ -64,7 +62,7 @@ def _workdir(tmp_path_factory, number: int):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """One small run of the demo, from end to end."""
-    workdir = _workdir(tmp_path_factory, len(STAGES))
+    workdir = _workdir(tmp_path_factory, 0)
     done = _run(CONFIG, f"--workdir={workdir}", *SMALL)
     assert done.returncode == 0, done.stderr
     return workdir
@@ -127,54 +125,36 @@ def _figures(workdir) -> dict:
 
 
 @pytest.mark.once
-@pytest.mark.parametrize("stage", STAGES)
-def test_killed_in_any_stage_it_ends_with_the_same_figures(finished, tmp_path_factory, tmp_path, stage):
-    """SIGKILL while `stage` runs (its predecessor is done, it is not), then the same command again."""
-    position = STAGES.index(stage)
-    workdir = _workdir(tmp_path_factory, position)
-    if position > 1:
-        # As far as the stage before, from the finished run: the stages before it need not be run again to be tested.
-        shutil.copytree(finished, workdir)
-        kept = STAGES[:position]
-        times = json.loads((workdir / "stages.json").read_text())
-        (workdir / "stages.json").write_text(json.dumps({name: times[name] for name in kept}))
-        for name, made_by in (
-            ("train_log.jsonl", "calibrate"), ("calibration/hard", "calibrate"), ("calibration/step_000004", "calibrate"),
-            ("quantized", "export"), ("model.safetensors", "export"), ("layers.json", "export"), ("samples", "sample"),
-            ("metrics.json", "evaluate"), ("report.html", "report"),
-        ):  # fmt: skip
-            if made_by not in kept:
-                path = workdir / name
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-    sign = {
-        "load": workdir / "config.json",
-        "quantize": workdir / "stages.json",
-        "calibrate": workdir / "calibration" / "step_000002",
-        "export": workdir / "quantized",
-        "sample": workdir / "samples" / "fp.npz",
-    }.get(stage)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "vq4dit_jax.main", CONFIG, f"--workdir={workdir}", *SMALL],
-        cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=_programs_to_spoil(tmp_path / "programs"),
-    )  # fmt: skip
-    deadline = time.monotonic() + 120
-    # The last two stages are short: a moment after the start is in or before them, never after both.
-    while process.poll() is None and time.monotonic() < deadline:
-        if sign.exists() if sign else (workdir / ".lock").stat().st_mtime > process_start(process):
-            break
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+def test_killed_in_every_stage_it_ends_with_the_same_figures(finished, tmp_path_factory, tmp_path):
+    """SIGKILL in each stage in turn, and the same command again after each."""
+    workdir, environment = _workdir(tmp_path_factory, 1), _programs_to_spoil(tmp_path / "programs")
+    done = lambda stage: (workdir / "stages.json").exists() and stage in (workdir / "stages.json").read_text()
+    signs = {
+        "load": (workdir / "config.json").exists,
+        "quantize": lambda: done("load"),
+        "calibrate": (workdir / "calibration" / "step_000002").exists,
+        "export": (workdir / "quantized").exists,
+        "sample": (workdir / "samples" / "fp.npz").exists,
+        "evaluate": lambda: done("sample"),
+        "report": (workdir / "metrics.json").exists,
+    }
+    for stage, begun in signs.items():
+        process = subprocess.Popen(
+            [sys.executable, "-m", "vq4dit_jax.main", CONFIG, f"--workdir={workdir}", *SMALL],
+            cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment,
+        )  # fmt: skip
+        deadline = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < deadline and not begun():
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert begun(), stage
+    assert done("sample")
     # In this process, which has TensorFlow loaded; the first run was one of its own.
     assert command.main([CONFIG, f"--workdir={workdir}", *SMALL]) == 0
     assert _figures(workdir) == _figures(finished)
     for name in ("fp.npz", "kmeans.npz", "vq4dit.npz"):
         assert (workdir / "samples" / name).read_bytes() == (finished / "samples" / name).read_bytes()
-
-
-def process_start(process: subprocess.Popen) -> float:
-    """Unix time at which the process began, from /proc."""
-    return os.stat(f"/proc/{process.pid}").st_ctime
 
 
 # Bad input ------------------------------------------------------------------------------------------------------

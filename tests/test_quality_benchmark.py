@@ -164,6 +164,8 @@ def test_table_and_plot_say_what_the_json_says(finished):
     assert text == table.markdown(result) and "biased upward" in text and "Missing" not in text
     row = result["rows"][2]
     assert f"| k-means | {row['size']['bits_per_quantized_weight']:.2f} |" in text
+    shorter = {**result, "rows": [*result["rows"][:2], {**row, "overrides": {"calibration.steps": 7}}]}
+    assert "; k-means 7." in table.markdown(shorter)
     drawing = (finished / "table.svg").read_text()
     assert drawing == chart.svg(result)
     for label in ("k-means", "ours", "round to nearest", "full precision"):

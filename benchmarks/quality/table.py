@@ -15,7 +15,7 @@ def markdown(result: dict[str, Any]) -> str:
         "",
         f"{images:,} images a row: {seeds} seeds of {share:,}, {c['sample']['sampler'].upper()} in {c['sample']['steps']} "
         f"steps, guidance {c['sample']['cfg_scale']:g}. Methods that calibrate have {c['calibration']['steps']} steps of "
-        f"batch {c['calibration']['batch']}.",
+        f"batch {c['calibration']['batch']}{_other_steps(rows)}.",
         "",
         f"*Pooled*: of all {images:,} images as one set. *Seeds*: mean ± standard deviation of the figures of {seeds} sets of "
         f"{share:,} images, each from a model of its own seed. Frechet distances of {share:,} images are biased upward against "
@@ -51,6 +51,12 @@ def markdown(result: dict[str, Any]) -> str:
         devices = sorted({place for row in rows for seed in row["seeds"] for place in seed["devices"].values()})
         lines += ["", f"Models made at {', '.join(commits)}, on {' and '.join(devices)}."]
     return "\n".join([*lines, "", f"Made by `{result['command']}`.", ""])
+
+
+def _other_steps(rows: list[dict[str, Any]]) -> str:
+    """ "; ours 400" where rows have another number of steps than the table."""
+    own = {row["label"]: row["overrides"].get("calibration.steps") for row in rows}
+    return "".join(f"; {label} {steps}" for label, steps in own.items() if steps)
 
 
 def _missing(items: list[dict[str, Any]]) -> str:
