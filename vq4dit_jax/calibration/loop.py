@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vq4dit_jax import checkpoint, diffusion, files, reporting
-from vq4dit_jax.calibration import layerwise, optimize, trajectory
+from vq4dit_jax.calibration import layerwise, optimize, trajectory, variance
 from vq4dit_jax.calibration.network import Network, as_network, check
 from vq4dit_jax.calibration.recipe import LAYERWISE, Recipe
 from vq4dit_jax.errors import InputError
@@ -22,8 +22,8 @@ from vq4dit_jax.models import DiT
 from vq4dit_jax.vq import VQArray, soften
 
 _HISTOGRAM_EVERY = 25
-_LAYERWISE = 1 << 31
-"""Folded into the key for what comes before the steps; trajectories fold their numbers."""
+_LAYERWISE, _VARIANCE = 1 << 31, (1 << 31) + 1
+"""Folded into the key for what comes before and after the steps; trajectories fold their numbers."""
 
 
 def make_student(recipe: Recipe, teacher: Any, kmeans: Any) -> dict[str, Any]:
@@ -88,7 +88,7 @@ def calibrate(
         trajectory) every `save_every` steps and at the end. The same call continues from it, with the same bits as if it
         had never stopped. None: nothing is written.
       log_file: one JSON line for each step, see `read_log`; continued as well. The seconds of the first are those of the
-        layerwise solution, too.
+        layerwise solution, too, and those of the last what comes after the steps.
       on_step: is given each line after its step.
 
     Raises:
@@ -116,7 +116,15 @@ def calibrate(
         state, metrics = optimize.update(recipe, network, state, student, batch, new)
         return state, where, {**info, **metrics}
 
-    step = jax.jit(step, donate_argnums=(0, 1))
+    def finish(state):
+        hard = optimize.finalize(student, state)
+        hard = jax.tree.map(lambda new, old: new.astype(old.dtype), hard, packed)
+        if not optimize.makes_room(recipe, model, state):
+            return hard
+        how = dict(images=recipe.batch, num_steps=recipe.trajectory_steps, cfg_scale=recipe.cfg_scale)
+        return variance.fit(model, params, hard, key=jax.random.fold_in(key, _VARIANCE), **how)
+
+    step, hard = jax.jit(step, donate_argnums=(0, 1)), None
     # The step gives its state away, so the state may share no buffer with the student.
     done, (state, where) = run.resume(jax.tree.map(jnp.copy, (state, where)))
     # Candidates are arguments, not constants: constants would be compiled into the program.
@@ -126,6 +134,8 @@ def calibrate(
             begun = time.perf_counter()
             state, where, metrics = step(state, where, student, params)
             line = {"step": number, **_plain(metrics)}  # waits for the step
+            if number == recipe.steps:
+                hard = jax.block_until_ready(finish(state))
             seconds = time.perf_counter() - begun + (before if number == 1 else 0.0)
             line["seconds"] = round(seconds, 4)
             if number % _HISTOGRAM_EVERY and number not in (1, recipe.steps):
@@ -137,7 +147,7 @@ def calibrate(
             bar.update(1)
             if number % save_every == 0 or number == recipe.steps:
                 run.save(number, (state, where))
-    return jax.tree.map(lambda new, old: new.astype(old.dtype), optimize.finalize(student, state), packed)
+    return finish(state) if hard is None else hard
 
 
 def _plain(metrics: dict[str, jax.Array]) -> dict[str, Any]:

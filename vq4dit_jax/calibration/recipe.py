@@ -37,7 +37,9 @@ class Recipe:
       lambda_d, lambda_r: weights of L_d and L_r (eq 10).
       lambda_s: weight of L_s + L_c, what is left in the image of the error of the sampler's next step
         (`losses.step_distance`).
-      tuned: a regular expression; parameters that are not quantized and whose paths match it whole are trained, too.
+      tuned: a regular expression; parameters that are not quantized and whose paths match it whole are trained, too. With
+        the last Linear of a DiT among them, and lambda_s, its variance makes room for the error of the mean at the end
+        (`variance.fit`).
       learning_rate_ratios, learning_rate_codebooks, learning_rate_biases, learning_rate_tuned: of the optimizer.
       optimizer: "adam", or "rmsprop" as in the paper.
       decay, epsilon: of the mean of squared gradients, and what is added to its root.
@@ -104,9 +106,9 @@ LAYERWISE = dict(
     layerwise=True,
     num_candidates=1,
     lambda_s=100.0,
-    learning_rate_codebooks=1e-5,
-    learning_rate_biases=2e-5,
-    learning_rate_tuned=2e-6,
+    learning_rate_codebooks=2e-5,
+    learning_rate_biases=4e-5,
+    learning_rate_tuned=4e-6,
     tuned="final_layer/.*",
     optimizer="adam",
     decay=0.99,

@@ -1,0 +1,104 @@
+"""The learned variance makes room for the error of the mean: the width of a step, and least squares against numpy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from models import tiny
+
+from vq4dit_jax import diffusion
+from vq4dit_jax.calibration import as_network, lasting, losses, trajectory, variance
+
+IMAGES, STEPS, SCALE = 3, 4, 1.5
+HOW = dict(images=IMAGES, num_steps=STEPS, cfg_scale=SCALE)
+SCHEDULE = diffusion.make_schedule(STEPS)
+
+
+@pytest.mark.parametrize("i", [1, 3])
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9])
+def test_room_takes_its_share_of_the_variance_and_leaves_a_quarter(i, share):
+    x = jnp.zeros((1, 2, 2, 3))
+    interpolation = jnp.linspace(-1.1, 1.1, 12).reshape(x.shape)
+    deviation = lambda out: diffusion.ddpm_gaussian(SCHEDULE, i, x, jnp.concatenate([x, out], -1))[1]
+    smallest = jnp.square(deviation(interpolation)).min()
+    left = variance.room(SCHEDULE, i, interpolation, share * smallest)
+    wide = np.square(np.asarray(deviation(interpolation), np.float64))
+    wanted = np.maximum(wide - share * wide.min(), wide / 4)
+    np.testing.assert_allclose(np.square(deviation(left)), wanted, rtol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def given():
+    """A teacher, a student whose blocks are off by a tenth, that student with room, and the teacher's batches."""
+    model, teacher = tiny()
+    keys = iter(jax.random.split(jax.random.key(1), 100))
+    off = lambda a: a * (1 + 0.1 * jax.random.normal(next(keys), a.shape))
+    student = {**teacher, "blocks": jax.tree.map(off, teacher["blocks"])}
+    fitted = variance.fit(model, teacher, student, key=jax.random.key(2), **HOW)
+    shown = trajectory.batches(as_network(model), teacher, STEPS, key=jax.random.key(2), images=IMAGES, cfg_scale=SCALE)
+    return model, teacher, student, fitted, list(shown)
+
+
+def test_the_noise_prediction_stays_as_it_is(given):
+    model, _, student, fitted, batches = given
+    before, after = (as_network(model).apply(p, batches[0].x, batches[0].t, batches[0].y)[0] for p in (student, fitted))
+    np.testing.assert_array_equal(before[..., :3], after[..., :3])
+    assert float(jnp.abs(before[..., 3:] - after[..., 3:]).max()) > 1e-3
+    leaves = lambda tree: {path: leaf for path, leaf in jax.tree.leaves_with_path(tree) if "linear" not in str(path)}
+    assert all(leaf is leaves(student)[path] for path, leaf in leaves(fitted).items())
+
+
+def test_a_student_without_error_is_left_alone(given):
+    model, teacher, *_ = given
+    same = variance.fit(model, teacher, teacher, key=jax.random.key(2), **HOW)
+    for a, b in zip(jax.tree.leaves(same), jax.tree.leaves(teacher), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def cost(model, params, batches):
+    """Sum over steps and pixels of the squared error of the variance output, as each step counts; in float64."""
+    network, total = as_network(model), 0.0
+    for batch in batches:
+        i, x = int(batch.i), batch.x[:IMAGES]
+        if i == 0:  # no noise is drawn
+            continue
+        output = network.apply(params, batch.x, batch.t, batch.y)[0]
+        (mean, _), (wanted, deviation) = (
+            diffusion.ddpm_gaussian(SCHEDULE, i, x, network.guide(out, SCALE)) for out in (output, batch.output)
+        )
+        error, wide = (np.square(np.asarray(a, np.float64)) for a in (mean - wanted, deviation))
+        span = float(SCHEDULE.log_variance_max[i] - SCHEDULE.log_variance_min[i])
+        target = np.asarray(batch.output[:IMAGES, ..., 3:], np.float64)
+        target += 2 / span * np.log(np.maximum(1 - error.mean() / wide, 0.25))
+        clean = diffusion.predict_x0(SCHEDULE, i, x, losses.guided_eps(network, batch.output, SCALE))
+        left = lasting.lasting(SCHEDULE, i, lasting.octaves(clean))
+        counts = wide.mean() * (span / 4) ** 2 * float((left.squared * left.fraction).sum())
+        total += counts * np.square(target - np.asarray(output[:IMAGES, ..., 3:], np.float64)).sum()
+    return total
+
+
+def test_no_other_columns_are_better(given):
+    """The cost is stationary: a small change of the columns makes nothing of first order."""
+    model, _, student, fitted, batches = given
+    best = cost(model, fitted, batches)
+    assert best < 0.9 * cost(model, student, batches)
+    rng = np.random.default_rng(0)
+    for name in ("kernel", "bias"):
+        linear = fitted["final_layer"]["linear"]
+        change = rng.standard_normal(linear[name].shape).astype(np.float32) * 0.03 * np.asarray(linear["kernel"]).std()
+        moved = [
+            {
+                **fitted,
+                "final_layer": {**fitted["final_layer"], "linear": {**linear, name: linear[name] + sign * change}},
+            }
+            for sign in (1, -1)
+        ]
+        # The noise columns move, too; what they change is in the target, of second order.
+        for params in moved:
+            pixels = np.asarray(params["final_layer"]["linear"][name]).copy()
+            pixels = pixels.reshape(*pixels.shape[:-1], -1, 2, 3)
+            pixels[..., 0, :] = np.asarray(linear[name]).reshape(pixels.shape)[..., 0, :]
+            params["final_layer"]["linear"][name] = jnp.asarray(pixels.reshape(linear[name].shape))
+        found = [cost(model, params, batches) for params in moved]
+        assert min(found) > best
+        assert abs(found[0] - found[1]) < 0.2 * (sum(found) / 2 - best)
