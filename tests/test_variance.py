@@ -10,6 +10,7 @@ from vq4dit_jax import diffusion
 from vq4dit_jax.calibration import as_network, lasting, losses, trajectory, variance
 
 IMAGES, STEPS, SCALE = 3, 4, 1.5
+C = 4  # of which three are guided
 HOW = dict(images=IMAGES, num_steps=STEPS, cfg_scale=SCALE)
 SCHEDULE = diffusion.make_schedule(STEPS)
 
@@ -30,7 +31,7 @@ def test_room_takes_its_share_of_the_variance_and_leaves_a_quarter(i, share):
 @pytest.fixture(scope="module")
 def given():
     """A teacher, a student whose blocks are off by a tenth, that student with room, and the teacher's batches."""
-    model, teacher = tiny()
+    model, teacher = tiny(in_channels=C)
     keys = iter(jax.random.split(jax.random.key(1), 100))
     off = lambda a: a * (1 + 0.1 * jax.random.normal(next(keys), a.shape))
     student = {**teacher, "blocks": jax.tree.map(off, teacher["blocks"])}
@@ -42,8 +43,8 @@ def given():
 def test_the_noise_prediction_stays_as_it_is(given):
     model, _, student, fitted, batches = given
     before, after = (as_network(model).apply(p, batches[0].x, batches[0].t, batches[0].y)[0] for p in (student, fitted))
-    np.testing.assert_array_equal(before[..., :3], after[..., :3])
-    assert float(jnp.abs(before[..., 3:] - after[..., 3:]).max()) > 1e-3
+    np.testing.assert_array_equal(before[..., :C], after[..., :C])
+    assert float(jnp.abs(before[..., C:] - after[..., C:]).max()) > 1e-3
     leaves = lambda tree: {path: leaf for path, leaf in jax.tree.leaves_with_path(tree) if "linear" not in str(path)}
     assert all(leaf is leaves(student)[path] for path, leaf in leaves(fitted).items())
 
@@ -68,12 +69,12 @@ def cost(model, params, batches):
         )
         error, wide = (np.square(np.asarray(a, np.float64)) for a in (mean - wanted, deviation))
         span = float(SCHEDULE.log_variance_max[i] - SCHEDULE.log_variance_min[i])
-        target = np.asarray(batch.output[:IMAGES, ..., 3:], np.float64)
+        target = np.asarray(batch.output[:IMAGES, ..., C:], np.float64)
         target += 2 / span * np.log(np.maximum(1 - error.mean() / wide, 0.25))
         clean = diffusion.predict_x0(SCHEDULE, i, x, losses.guided_eps(network, batch.output, SCALE))
         left = lasting.lasting(SCHEDULE, i, lasting.octaves(clean))
         counts = wide.mean() * (span / 4) ** 2 * float((left.squared * left.fraction).sum())
-        total += counts * np.square(target - np.asarray(output[:IMAGES, ..., 3:], np.float64)).sum()
+        total += counts * np.square(target - np.asarray(output[:IMAGES, ..., C:], np.float64)).sum()
     return total
 
 
@@ -96,7 +97,7 @@ def test_no_other_columns_are_better(given):
         # The noise columns move, too; what they change is in the target, of second order.
         for params in moved:
             pixels = np.asarray(params["final_layer"]["linear"][name]).copy()
-            pixels = pixels.reshape(*pixels.shape[:-1], -1, 2, 3)
+            pixels = pixels.reshape(*pixels.shape[:-1], -1, 2, C)
             pixels[..., 0, :] = np.asarray(linear[name]).reshape(pixels.shape)[..., 0, :]
             params["final_layer"]["linear"][name] = jnp.asarray(pixels.reshape(linear[name].shape))
         found = [cost(model, params, batches) for params in moved]
