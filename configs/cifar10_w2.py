@@ -1,6 +1,6 @@
 """The demo: the built-in CIFAR-10 DiT (5.5 million parameters) at 2 bits a weight, from end to end.
 
-Costs: ten minutes on two CPU cores, 3 GB of memory; nothing is downloaded.
+Costs: a quarter of an hour on two CPU cores, 4 GB of memory; nothing is downloaded.
 Gives: the packed model, sampled beside the original, and report.html. The pictures of both show the same things.
 Vary:  --config.calibration.steps=500 --config.calibration.batch=16 --config.sample.num_images=1000   the benchmark's size
        --config.quantize.bits=3                                                                        or configs/cifar10_w3.py
