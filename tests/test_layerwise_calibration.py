@@ -68,6 +68,18 @@ def test_the_steps_leave_the_solved_assignments(by_layers):
     assert moved
 
 
+def test_after_the_steps_the_variance_is_fitted(by_layers):
+    """Three steps of the optimizer move a number by less than a hundred times their rate; least squares moves the variance further,
+    and leaves the noise prediction."""
+    from vq4dit_jax import checkpoint
+
+    recipe, hard, folder = by_layers
+    _, start, _ = checkpoint.load_quantized(folder / "start")
+    before, after = (np.asarray(tree["final_layer"]["linear"]["kernel"], np.float64) for tree in (start, hard))
+    moved = np.abs(after - before).reshape(len(after), -1, 2, 3).max((0, 1, 3))
+    assert moved[0] < 100 * recipe.learning_rate_tuned < moved[1]
+
+
 def test_a_killed_run_ends_with_the_same_bits(given, by_layers, tmp_path):
     recipe, wanted, _ = by_layers
 

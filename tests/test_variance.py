@@ -32,6 +32,9 @@ def test_room_takes_its_share_of_the_variance_and_leaves_a_quarter(i, share):
 def given():
     """A teacher, a student whose blocks are off by a tenth, that student with room, and the teacher's batches."""
     model, teacher = tiny(in_channels=C)
+    # Outputs as small as those of a trained network: variances are exponentials of them.
+    last = {**teacher["final_layer"], "linear": jax.tree.map(lambda a: 0.1 * a, teacher["final_layer"]["linear"])}
+    teacher = {**teacher, "final_layer": last}
     keys = iter(jax.random.split(jax.random.key(1), 100))
     off = lambda a: a * (1 + 0.1 * jax.random.normal(next(keys), a.shape))
     student = {**teacher, "blocks": jax.tree.map(off, teacher["blocks"])}
@@ -83,23 +86,14 @@ def test_no_other_columns_are_better(given):
     model, _, student, fitted, batches = given
     best = cost(model, fitted, batches)
     assert best < 0.9 * cost(model, student, batches)
-    rng = np.random.default_rng(0)
+    rng, linear = np.random.default_rng(0), fitted["final_layer"]["linear"]
     for name in ("kernel", "bias"):
-        linear = fitted["final_layer"]["linear"]
-        change = rng.standard_normal(linear[name].shape).astype(np.float32) * 0.03 * np.asarray(linear["kernel"]).std()
-        moved = [
-            {
-                **fitted,
-                "final_layer": {**fitted["final_layer"], "linear": {**linear, name: linear[name] + sign * change}},
-            }
-            for sign in (1, -1)
+        change = np.zeros((*linear[name].shape[:-1], 4, 2, C), np.float32)
+        change[..., 1, :] = rng.standard_normal(change[..., 1, :].shape) * np.asarray(linear["kernel"]).std()
+        change = change.reshape(linear[name].shape)
+        moved = [{**linear, name: linear[name] + sign * change} for sign in (1, -1)]
+        found = [
+            cost(model, {**fitted, "final_layer": {**fitted["final_layer"], "linear": new}}, batches) for new in moved
         ]
-        # The noise columns move, too; what they change is in the target, of second order.
-        for params in moved:
-            pixels = np.asarray(params["final_layer"]["linear"][name]).copy()
-            pixels = pixels.reshape(*pixels.shape[:-1], -1, 2, C)
-            pixels[..., 0, :] = np.asarray(linear[name]).reshape(pixels.shape)[..., 0, :]
-            params["final_layer"]["linear"][name] = jnp.asarray(pixels.reshape(linear[name].shape))
-        found = [cost(model, params, batches) for params in moved]
         assert min(found) > best
-        assert abs(found[0] - found[1]) < 0.2 * (sum(found) / 2 - best)
+        assert abs(found[0] - found[1]) < 0.01 * (sum(found) / 2 - best)

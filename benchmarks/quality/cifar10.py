@@ -14,8 +14,8 @@ OURS = "configs/cifar10_w2.py"
 PAPER = "configs/paper/cifar10_w2.py"
 RELEASED = "configs/released/cifar10_w2.py"
 PQF = {f"calibration.{name}": value for name, value in codebook_only.RECIPE.items()}
-SHORTER = {"calibration.steps": 400}
 DKM = {f"calibration.{name}": value for name, value in dkm.RECIPE.items()}
+SHORTER = {"calibration.steps": 400}
 
 
 def get_config() -> Table:

@@ -119,7 +119,7 @@ def calibrate(
     def finish(state):
         hard = optimize.finalize(student, state)
         hard = jax.tree.map(lambda new, old: new.astype(old.dtype), hard, packed)
-        if not optimize.makes_room(recipe, model, state):
+        if not variance.is_wanted(recipe, model, state.trainable.kept):
             return hard
         how = dict(images=recipe.batch, num_steps=recipe.trajectory_steps, cfg_scale=recipe.cfg_scale)
         return variance.fit(model, params, hard, key=jax.random.fold_in(key, _VARIANCE), **how)

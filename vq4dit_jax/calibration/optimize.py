@@ -25,7 +25,6 @@ from vq4dit_jax.calibration.network import Network
 from vq4dit_jax.calibration.recipe import Recipe
 from vq4dit_jax.calibration.trajectory import Batch
 from vq4dit_jax.errors import InputError
-from vq4dit_jax.models import DiT
 from vq4dit_jax.quantization import joined
 from vq4dit_jax.vq import SoftVQArray
 
@@ -217,12 +216,6 @@ def _settled(frozen: Bool[Array, "*stack O S"], ndim: int) -> Bool[Array, "..."]
     """Per layer, broadcastable to its codebook: whether enough sub-vectors are frozen."""
     settled = frozen.mean((-2, -1), dtype=jnp.float32) > _FROZEN_ENOUGH
     return settled.reshape(settled.shape + (1,) * (ndim - settled.ndim))
-
-
-def makes_room(recipe: Recipe, model: Any, state: State) -> bool:
-    """Whether the learned variance is fitted after the steps (`variance.fit`): where L_s counts and the last Linear is tuned."""
-    learned = isinstance(model, DiT) and model.learn_sigma
-    return learned and recipe.lambda_s > 0 and "final_layer/linear/kernel" in state.trainable.kept
 
 
 def finalize(student: Any, state: State) -> dict[str, Any]:

@@ -11,6 +11,7 @@ least squares over a trajectory of the teacher, the error of s' counting as much
 """
 
 import dataclasses
+from collections.abc import Container
 from typing import Any
 
 import jax
@@ -19,7 +20,8 @@ from jaxtyping import Array, Float
 
 from vq4dit_jax import diffusion
 from vq4dit_jax.calibration import lasting, losses, trajectory
-from vq4dit_jax.calibration.network import as_network
+from vq4dit_jax.calibration.network import Network, as_network
+from vq4dit_jax.calibration.recipe import Recipe
 from vq4dit_jax.models import DiT
 from vq4dit_jax.quantization import joined
 
@@ -50,12 +52,21 @@ def room(
     return interpolation + 2 / span * jnp.log(jnp.maximum(1 - variance / wide, _LEAST))
 
 
+def is_wanted(recipe: Recipe, model: DiT | Network, tuned: Container[str]) -> bool:
+    """Whether `fit` belongs to a run: where the steps count L_s and the last Linear of a DiT is among the `tuned` paths."""
+    learned = isinstance(model, DiT) and model.learn_sigma
+    return learned and recipe.lambda_s > 0 and "final_layer/linear/kernel" in tuned
+
+
 def fit(
     model: DiT, teacher: Any, student: Any, *, key: jax.Array, images: int, num_steps: int, cfg_scale: float
 ) -> dict[str, Any]:
-    """`student` with other variance columns in its last Linear, which is dense. `model` has a learned variance.
+    """`student` with other variance columns in its last Linear, in the type that it has; the noise prediction stays.
 
     Args:
+      model: with a learned variance.
+      teacher: full precision.
+      student: packed or dense; its last Linear is dense.
       key: of the trajectory's noise and classes.
       images, num_steps, cfg_scale: of the trajectory; the room is that of a sampler with so many steps.
     """
