@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from models import tiny
 
-from vq4dit_jax import calibration, diffusion
+from vq4dit_jax import calibration, checkpoint, diffusion
 from vq4dit_jax.calibration import LAYERWISE, Recipe, losses
 from vq4dit_jax.errors import InputError
 from vq4dit_jax.quantization import matrices, quantize, sizes
@@ -69,10 +69,8 @@ def test_the_steps_leave_the_solved_assignments(by_layers):
 
 
 def test_after_the_steps_the_variance_is_fitted(by_layers):
-    """Three steps of the optimizer move a number by less than a hundred times their rate; least squares moves the variance further,
-    and leaves the noise prediction."""
-    from vq4dit_jax import checkpoint
-
+    """Three steps of the optimizer move a number by less than a hundred times their rate; least squares moves the variance
+    further, and leaves the noise prediction."""
     recipe, hard, folder = by_layers
     _, start, _ = checkpoint.load_quantized(folder / "start")
     before, after = (np.asarray(tree["final_layer"]["linear"]["kernel"], np.float64) for tree in (start, hard))

@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from models import tiny
 from safetensors.numpy import save_file
 
 from benchmarks.quality import __main__ as command
-from benchmarks.quality import chart, rows, stages, table
+from benchmarks.quality import chart, figures, rows, stages, table
 from convert.facebook import FACEBOOK
 from convert.layout import CONV, LINEAR, POSITIONS
 from vq4dit_jax import baselines, checkpoint, evaluation, generation, pipeline
@@ -99,7 +100,7 @@ def finished(config, tmp_path_factory) -> pathlib.Path:
         lacking = [(item["row"], item["seed"]) for item in partial["missing"]]
         assert lacking == [("fp", 0), ("fp", 1), ("ours", 0), ("ours", 1)]
         # There is no full precision yet to compare with; the finished table has the figure.
-        assert partial["rows"][0]["pooled"]["psnr_to_fp_db"] is None
+        assert partial["rows"][0]["mean"]["psnr_to_fp_db"] is None
         assert "Missing: fp seeds 0, 1 (quantize is not done); ours seeds 0, 1 (" in (workdir / "table.md").read_text()
         assert command.main(_arguments(config, workdir, "--seeds=2")) == 0
     return workdir
@@ -128,14 +129,14 @@ def test_figures_are_those_of_evaluate(finished, network):
     found = {row["name"]: row for row in result["rows"]}
     assert list(found) == ["fp", "rtn", "kmeans", "ours"]
     reference = evaluation.compute_reference(images(50, seed=2), network, "50 images of real.npz")
-    joined = {name: np.concatenate([_images(finished, name, seed) for seed in (0, 1)]) for name in ("fp", "ours")}
-    for name, generated in joined.items():
-        expected = evaluation.evaluate(generated, network, reference, None if name == "fp" else joined["fp"])
-        assert (expected["psnr_to_fp_db"] is None) == (name == "fp") and expected["num_images"] == 8
+    for name in ("fp", "ours"):
+        joined = np.concatenate([_images(finished, name, seed) for seed in (0, 1)])
+        expected = evaluation.evaluate(joined, network, reference)
+        assert expected["num_images"] == 8
         assert found[name]["pooled"]["features"] == expected.pop("features")
         known = {key: value for key, value in expected.items() if value is not None}
         assert {key: found[name]["pooled"][key] for key in known} == pytest.approx(known, rel=1e-6)
-        assert "fd" in known and found["fp"]["pooled"]["psnr_to_fp_db"] is None
+        assert "fd" in known and found["fp"]["seeds"][0]["psnr_to_fp_db"] is None
     second = evaluation.evaluate(_images(finished, "ours", 1), network, reference, _images(finished, "fp", 1))
     del second["features"]
     assert {key: found["ours"]["seeds"][1][key] for key in second} == pytest.approx(second, rel=1e-6)
@@ -182,6 +183,45 @@ def test_a_second_run_makes_nothing_again(config, finished, capsys, monkeypatch)
     assert command.main(_arguments(config, finished, "--seeds=2")) == 0
     assert _read(finished / "table.json")["rows"] == before
     assert "4 of 4 rows" in capsys.readouterr().out
+
+
+def test_figures_outlive_models_and_images(config, finished, tmp_path, monkeypatch, capsys):
+    """What a repository keeps of a table: the table is the same without them, and another row still finds its originals."""
+    for file in finished.rglob("*"):
+        kept = file.name in ("definition.json", "figures.json", "first.npz")
+        if kept and not (file.is_relative_to(finished / "kmeans") and "pooled" not in file.parts):
+            target = tmp_path / "kept" / file.relative_to(finished)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, target)
+    monkeypatch.setattr(command, "run_child", _in_this_process)
+    assert command.main(_arguments(config, tmp_path / "kept", "--seeds=2")) == 0
+    assert [len(list((tmp_path / "kept").glob(f"{row}/*/samples/images.npz"))) for row in ("fp", "kmeans")] == [0, 2]
+    made, before = (_read(folder / "table.json")["rows"] for folder in (tmp_path / "kept", finished))
+    of_time = ("seconds", "quantize_s", "peak_gb", "date", "commit")
+    plain = lambda row: {key: value for key, value in row.items() if key not in of_time}
+    for one, other in zip(made, before, strict=True):
+        assert one["pooled"] == other["pooled"] and one["size"] == other["size"]
+        assert [plain(seed) for seed in one["seeds"]] == [plain(seed) for seed in other["seeds"]]
+    # A seed's images made anew leave the pooled figures without the other's images.
+    shutil.rmtree(tmp_path / "kept" / "rtn" / "0" / "samples")
+    (tmp_path / "kept" / "rtn" / "pooled" / "figures.json").write_text('{"of": null}')
+    assert "1/samples/images.npz is not there" in _refused(capsys, *_arguments(config, tmp_path / "kept", "--seeds=2"))
+
+
+def test_psnr_is_that_of_as_many_images_as_are_kept(config, finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(stages, "COMPARED", 3)
+    found = rows.load_table(str(config))
+    exact, ours = (rows.cases(found, row, 2, tmp_path)[0] for row in (found.rows[0], found.rows[3]))
+    for case, name in ((exact, "fp"), (ours, "ours")):
+        shutil.copytree(finished / name / "0", case.model.parent)
+    exact.first_images.unlink()
+    assert not stages.is_done(exact, "sample")
+    stages.sample(exact)
+    assert stages.is_done(exact, "sample")
+    given, kept = _images(tmp_path, "fp", 0)[:3], np.load(exact.first_images)["arr_0"]
+    np.testing.assert_array_equal(kept, given)
+    expected = np.median(evaluation.metrics.psnr_db(_images(tmp_path, "ours", 0)[:3], given))
+    assert figures.Evaluator(found).of_seed(ours, exact)["psnr_to_fp_db"] == pytest.approx(expected)
 
 
 def test_stopped_between_steps_it_ends_with_the_same_model(config, finished, tmp_path, monkeypatch):

@@ -28,6 +28,14 @@ def test_room_takes_its_share_of_the_variance_and_leaves_a_quarter(i, share):
     np.testing.assert_allclose(np.square(deviation(left)), wanted, rtol=1e-4)
 
 
+def test_where_there_is_no_choice_of_the_variance_the_output_stays():
+    """Of two steps the last one's bounds are equal."""
+    two = diffusion.make_schedule(2)
+    assert two.log_variance_max[0] == two.log_variance_min[0]
+    interpolation = jnp.linspace(-1.0, 1.0, 12).reshape(1, 2, 2, 3)
+    np.testing.assert_array_equal(variance.room(two, 0, interpolation, jnp.float32(0.1)), interpolation)
+
+
 @pytest.fixture(scope="module")
 def given():
     """A teacher, a student whose blocks are off by a tenth, that student with room, and the teacher's batches."""

@@ -8,7 +8,9 @@ a device for each core) and has a folder, DIR/ROW/SEED. Killed anywhere, the sam
 that was made from another definition (other bits, another recipe) is refused by its name. A key that a recipe has grown
 since is such a difference too; where its value says what was done before, add it to the folder's definition.json.
 
-The table has every row that is done, whatever --rows says, and names what is missing. It is written after each row.
+The table has every row that is done, whatever --rows says, and names what is missing. It is written after each row. A row's
+figures are enough for it: models and images may be removed, but for the few of full precision's that others are compared
+with (first.npz). benchmarks/results/quality_cifar10 is such a DIR; with it as --workdir the table there goes on.
 """
 
 import argparse

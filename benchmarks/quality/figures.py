@@ -4,6 +4,7 @@ import functools
 import json
 import pathlib
 import statistics
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,16 +13,21 @@ from benchmarks.quality import stages
 from benchmarks.quality.rows import Case, Row, Table, cases
 from vq4dit_jax import config as configs
 from vq4dit_jax import evaluation, files, generation, sources
+from vq4dit_jax.errors import InputError
 from vq4dit_jax.evaluation.images import checksum
 from vq4dit_jax.evaluation.tfgan import IS_SPLIT
 
 QUALITY = ("fd", "sfd", "is", "precision", "recall", "psnr_to_fp_db")
 """Of samples; the other figures of a seed are its model's."""
+POOLED = ("fd", "sfd", "is", "precision", "recall")
 _READ_AT_ONCE = 1000
 
 
 class Evaluator:
-    """Evaluates images, and keeps what it has found beside them, under the checksums of all that it depends on."""
+    """Evaluates images, and keeps what it has found beside them, under the checksums of all that it depends on.
+
+    What is kept outlives the images: they are the larger part of a table, and are not needed again.
+    """
 
     def __init__(self, table: Table):
         self.names = {name: table.base.evaluation[name] for name in ("classifier", "reference")}
@@ -32,17 +38,43 @@ class Evaluator:
             return sources.Judge(reason="no feature network is configured")
         return sources.open_judge(*map(sources.locate, self.names.values()))
 
-    def __call__(self, images: pathlib.Path, originals: pathlib.Path | None) -> dict[str, Any]:
-        """`evaluation.evaluate` of an `.npz`; `originals` are full precision's of the same seeds, where there are any."""
-        known = originals is not None and originals.exists()
-        of = {"images": checksum(images), "full_precision": checksum(originals) if known else None, **self.names}
-        kept = images.with_name("figures.json")
+    def of_seed(self, case: Case, originals: Case | None) -> dict[str, Any]:
+        """Figures of one seed's images; `originals`: the case of full precision with the same noise and classes."""
+        first = originals.first_images if originals and originals.first_images.exists() else None
+        of = {
+            "images": checksum(case.images) if case.images.exists() else kept_checksum(case),
+            "full_precision": checksum(first) if first else None,
+        }
+        return self._figures(case.samples / "figures.json", of, lambda: case.images, first)
+
+    def of_all(self, every: list[Case]) -> dict[str, Any]:
+        """Figures of all seeds' images as one set."""
+        kept = every[0].model.parent.parent / "pooled" / "figures.json"
+        return self._figures(kept, {"images": [kept_checksum(case) for case in every]}, lambda: _join(every), None)
+
+    def _figures(
+        self,
+        kept: pathlib.Path,
+        of: dict[str, Any],
+        find: Callable[[], pathlib.Path],
+        originals: pathlib.Path | None,
+    ) -> dict[str, Any]:
+        """`evaluation.evaluate`; the PSNR is that of as many images as there are `originals`."""
+        of |= self.names
         if kept.exists() and (found := _read(kept))["of"] == of:
             return found["figures"]
+        images = find()
+        if not images.exists():
+            raise InputError(
+                f"{kept} is of other images or another comparison, and {images} is not there; remove {kept} and sample anew"
+            )
         judge = self.judge
-        found, reasons = evaluation.evaluate_with_reasons(
-            images, judge.classifier, judge.reference, originals if known else None
-        )
+        found, reasons = evaluation.evaluate_with_reasons(images, judge.classifier, judge.reference)
+        if originals:
+            there = evaluation.open_images(originals)
+            head = generation.read_head(images, len(there))
+            found["psnr_to_fp_db"] = evaluation.evaluate(head, None, None, originals)["psnr_to_fp_db"]
+            del reasons["psnr_to_fp_db"]
         if found["num_images"] > IS_SPLIT and found["num_images"] % IS_SPLIT:
             found["is"], reasons["is"] = None, f"{found['num_images']} images are no whole splits of {IS_SPLIT}"
         figures = {**found, "reasons": reasons}
@@ -82,10 +114,10 @@ def _lacks(case: Case) -> str | None:
 
 
 def _row(row: Row, every: list[Case], originals: list[Case] | None, evaluate: Evaluator) -> dict[str, Any]:
-    found = [_seed(case, originals and originals[case.seed].images, evaluate) for case in every]
+    found = [_seed(case, originals and originals[case.seed], evaluate) for case in every]
     numeric = [name for name, value in found[0].items() if name in QUALITY or isinstance(value, float)]
     values = {name: [seed[name] for seed in found if seed[name] is not None] for name in numeric}
-    pooled = evaluate(_join(every), originals and _join(originals))
+    pooled = evaluate.of_all(every)
     return {
         "name": row.name,
         "label": row.label,
@@ -95,16 +127,16 @@ def _row(row: Row, every: list[Case], originals: list[Case] | None, evaluate: Ev
         "config": row.config,
         "overrides": dict(row.overrides),
         "size": _read(every[0].model / "figures.json")["size"],
-        "pooled": {name: pooled[name] for name in (*QUALITY, "num_images", "features", "reasons")},
+        "pooled": {name: pooled[name] for name in (*POOLED, "num_images", "features", "reasons")},
         "mean": {name: statistics.fmean(v) if v else None for name, v in values.items()},
         "std": {name: statistics.stdev(v) if len(v) > 1 else None for name, v in values.items()},
         "seeds": found,
     }
 
 
-def _seed(case: Case, originals: pathlib.Path | None, evaluate: Evaluator) -> dict[str, Any]:
+def _seed(case: Case, originals: Case | None, evaluate: Evaluator) -> dict[str, Any]:
     """The figures of one seed, flat."""
-    model, quality = _read(case.model / "figures.json"), evaluate(case.images, originals)
+    model, quality = _read(case.model / "figures.json"), evaluate.of_seed(case, originals)
     made, sampled = (_read(folder / "definition.json") for folder in (case.model, case.samples))
     return {
         "seed": case.seed,
@@ -120,17 +152,21 @@ def _seed(case: Case, originals: pathlib.Path | None, evaluate: Evaluator) -> di
     }
 
 
+def kept_checksum(case: Case) -> str:
+    """Of the images that a seed's figures are of."""
+    return _read(case.samples / "figures.json")["of"]["images"]
+
+
 def _join(every: list[Case]) -> pathlib.Path:
-    """One `.npz` of all seeds' images, in their order; written anew where one of them is newer, not where one lacks."""
+    """One `.npz` of all seeds' images, in their order; the first that is not there, where one is not."""
     target = every[0].model.parent.parent / "pooled" / "images.npz"
     parts = [case.images for case in every]
-    if not all(part.exists() for part in parts):
-        files.remove(target)
-    elif not target.exists() or target.stat().st_mtime_ns < max(part.stat().st_mtime_ns for part in parts):
-        opened = [evaluation.open_images(part) for part in parts]
-        shape = (sum(map(len, opened)), *opened[0].shape[1:])
-        batches = (batch for images in opened for batch in images.batches(_READ_AT_ONCE))
-        generation.write_npz(target, shape, np.uint8, batches)
+    if lacking := [part for part in parts if not part.exists()]:
+        return lacking[0]
+    opened = [evaluation.open_images(part) for part in parts]
+    shape = (sum(map(len, opened)), *opened[0].shape[1:])
+    batches = (batch for images in opened for batch in images.batches(_READ_AT_ONCE))
+    generation.write_npz(target, shape, np.uint8, batches)
     return target
 
 

@@ -103,8 +103,9 @@ class Case:
         return self.samples / "images.npz"
 
     @property
-    def model_is_done(self) -> bool:
-        return (self.model / "figures.json").exists()
+    def first_images(self) -> pathlib.Path:
+        """The first of full precision's images, which the other rows' are compared with (`figures.COMPARED`)."""
+        return self.samples / "first.npz"
 
     @functools.cached_property
     def config(self) -> ConfigDict:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from benchmarks.quality.stages import COMPARED
 from vq4dit_jax.reporting.markup import DASH, fixed, number
 
 
@@ -25,12 +26,13 @@ def markdown(result: dict[str, Any]) -> str:
         "",
     ]
     head = ["Method", "Bits (W)", "FD ↓ pooled", "to full precision", "FD ↓ seeds", "sFD ↓ pooled", "IS ↑ seeds",
-            "Precision ↑ pooled", "Recall ↑ pooled", "PSNR ↑ pooled, dB", "Noise error ↓ seeds"]  # fmt: skip
+            "Precision ↑ pooled", "Recall ↑ pooled", "PSNR ↑ seeds, dB", "Noise error ↓ seeds"]  # fmt: skip
     lines += _table(head, [_quality(row, exact) for row in rows])
     lines += [
         "",
-        "Bits: of a quantized weight, codes, codebooks and scales counted. PSNR: median over images, to full precision's of "
-        "the same noise and class. Noise error: relative L2 error of the guided noise prediction on one held-out trajectory.",
+        "Bits: of a quantized weight, codes, codebooks and scales counted. PSNR: median over "
+        f"{min(COMPARED, share)} images of each seed, to full precision's of the same noise and class. Noise error: relative L2 "
+        "error of the guided noise prediction on one held-out trajectory.",
         "",
         "## Size and cost",
         "",
@@ -42,7 +44,7 @@ def markdown(result: dict[str, Any]) -> str:
     if features := next((row["pooled"]["features"] for row in rows), None):
         lines += ["", f"Features: {features}."]
     reasons = {f"{name}: {why}" for row in rows for name, why in row["pooled"]["reasons"].items()
-               if name not in ("is", "psnr_to_fp_db")}  # fmt: skip
+               if name != "is"}  # fmt: skip
     lines += ["", *(f"{DASH} {reason}.  " for reason in sorted(reasons))] if reasons else []
     if result["missing"]:
         lines += ["", f"Missing: {_missing(result['missing'])}."]
@@ -97,7 +99,7 @@ def _quality(row: dict[str, Any], exact: float | None) -> list[str]:
         _spread(row, "is"),
         fixed(pooled["precision"], 4),
         fixed(pooled["recall"], 4),
-        fixed(pooled["psnr_to_fp_db"], 1),
+        _spread(row, "psnr_to_fp_db", 3),
         _spread(row, "noise_error", 3),
     ]
 

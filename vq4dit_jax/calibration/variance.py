@@ -46,10 +46,14 @@ class _Reader:
 def room(
     sched: diffusion.Schedule, i: diffusion.Index, interpolation: Float[Array, "B H W C"], variance: Float[Array, ""]
 ) -> Float[Array, "B H W C"]:
-    """The variance output (`diffusion.ddpm_gaussian`) whose step has `variance` less, and a quarter of its own at least."""
+    """The variance output (`diffusion.ddpm_gaussian`) whose step has `variance` less, and a quarter of its own at least.
+
+    Where the schedule leaves no choice of the variance (the last of two steps), the output means nothing and stays.
+    """
     span = sched.log_variance_max[i] - sched.log_variance_min[i]
     wide = jnp.exp((interpolation + 1) / 2 * span + sched.log_variance_min[i])
-    return interpolation + 2 / span * jnp.log(jnp.maximum(1 - variance / wide, _LEAST))
+    less = jnp.log(jnp.maximum(1 - variance / wide, _LEAST))
+    return interpolation + jnp.where(span > 0, 2 / jnp.where(span > 0, span, 1.0), 0.0) * less
 
 
 def is_wanted(recipe: Recipe, model: DiT | Network, tuned: Container[str]) -> bool:
