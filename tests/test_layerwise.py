@@ -142,8 +142,8 @@ def cost(chosen, layers, codebook_bits=16):
     return bits, sum(each.menu()[chosen[each.path]] for each in layers)
 
 
-@pytest.mark.parametrize("bits", [1.0, 1.5, 2.1, 3.0])
-def test_an_allocation_keeps_its_budget_and_none_is_better_for_its_bits(bits):
+@pytest.mark.parametrize("bits", [1.0, 1.5, 2.1, 2.15, 2.2, 3.0, 5.0])
+def test_an_allocation_keeps_its_budget_and_none_that_does_is_better(bits):
     budget = int(bits * sum(each.rows * each.columns for each in LAYERS))
     chosen = allocate.spread(LAYERS, budget, 16)
     size, error = cost(chosen, LAYERS)
@@ -151,7 +151,18 @@ def test_an_allocation_keeps_its_budget_and_none_is_better_for_its_bits(bits):
     every = itertools.product(*(each.menu() for each in LAYERS))
     for specs in every:
         other = cost(dict(zip([each.path for each in LAYERS], specs, strict=True)), LAYERS)
-        assert other[0] > size or other[1] >= error * (1 - 1e-9)
+        assert other[0] > budget or other[1] >= error * (1 - 1e-9)
+
+
+@pytest.mark.parametrize("states", [20, 97, 1000])
+def test_a_coarse_count_of_bits_keeps_the_budget(states, monkeypatch):
+    monkeypatch.setattr(allocate, "_STATES", states)
+    budget = int(2.2 * sum(each.rows * each.columns for each in LAYERS))
+    size, error = cost(allocate.spread(LAYERS, budget, 16), LAYERS)
+    fine = cost(allocate.spread(LAYERS, int(budget * (1 - 4 / states)), 16), LAYERS)
+    assert size <= budget and error <= fine[1]
+    tight = sum(min(each.bits(spec, 16) for spec in each.menu()) for each in LAYERS)
+    assert cost(allocate.spread(LAYERS, tight, 16), LAYERS)[0] == tight
 
 
 def test_what_costs_most_gets_most_and_together_means_alike():

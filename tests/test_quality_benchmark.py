@@ -101,7 +101,7 @@ def finished(config, tmp_path_factory) -> pathlib.Path:
         assert lacking == [("fp", 0), ("fp", 1), ("ours", 0), ("ours", 1)]
         # There is no full precision yet to compare with; the finished table has the figure.
         assert partial["rows"][0]["mean"]["psnr_to_fp_db"] is None
-        assert "Missing: fp seeds 0, 1 (quantize is not done); ours seeds 0, 1 (" in (workdir / "table.md").read_text()
+        assert "Missing: fp, ours (quantize is not done)." in (workdir / "table.md").read_text()
         assert command.main(_arguments(config, workdir, "--seeds=2")) == 0
     return workdir
 
@@ -168,8 +168,15 @@ def test_table_and_plot_say_what_the_json_says(finished):
     assert text == table.markdown(result) and "biased upward" in text and "Missing" not in text
     row = result["rows"][2]
     assert f"| k-means | {row['size']['bits_per_quantized_weight']:.2f} |" in text
+    fewer = [
+        {"row": "fp", "seed": 1, "what": "why"},
+        *({"row": "ours", "seed": seed, "what": "why"} for seed in (0, 1)),
+    ]
+    assert "Missing: fp seed 1, ours (why)." in table.markdown({**result, "missing": fewer})
     shorter = {**result, "rows": [*result["rows"][:2], {**row, "overrides": {"calibration.steps": 7}}]}
     assert "; k-means 7." in table.markdown(shorter)
+    gaps = np.array([[row["seeds"][i]["fd"] / result["rows"][0]["seeds"][i]["fd"] - 1 for i in (0, 1)]]) * 100
+    assert f"| {gaps.mean():+.1f} ± {gaps.std(ddof=1):.1f} % |" in text
     drawing = (finished / "table.svg").read_text()
     assert drawing == chart.svg(result)
     for label in ("k-means", "ours", "round to nearest", "full precision"):
@@ -327,6 +334,13 @@ def test_a_case_that_fails_is_named_and_the_others_are_made(config, capsys, tmp_
     assert "quantize ended with code -9" in (tmp_path / "table.md").read_text()
 
 
+def test_the_readme_has_the_figures_of_the_results():
+    """Also where the table is being made: its rows so far."""
+    kept = _read(ROOT / "benchmarks" / "results" / "quality_cifar10" / "table.json")
+    assert table.short(kept) in (ROOT / "README.md").read_text()
+    assert table.markdown(kept) == (ROOT / "benchmarks" / "results" / "quality_cifar10" / "table.md").read_text()
+
+
 def test_the_shipped_table_resolves(tmp_path):
     """Every row's config is one that a run would take, and asks for what its name says."""
     found = rows.load_table(str(ROOT / "benchmarks/quality/cifar10.py"))
@@ -334,10 +348,18 @@ def test_the_shipped_table_resolves(tmp_path):
     for row in found.rows:
         for case in rows.cases(found, row, 3, tmp_path):
             c = case.config.calibration
-            assert case.num_images == 1700 and c.batch == 16 and c.steps == (400 if row.label == "ours" else 500)
+            assert case.num_images == 1700 and c.batch == 16 and c.steps == (350 if row.label == "ours" else 500)
             assert case.config.seed == case.seed and case.made_from["method"] == row.method
             if row.bits != 32:
                 assert case.config.quantize.bits == row.bits
+
+
+def test_every_ablation_is_another_model(tmp_path):
+    """Each resolves to a config that a run would take, and none is what another one is."""
+    found = rows.load_table(str(ROOT / "benchmarks/quality/ablations.py"))
+    made = {row.name: rows.cases(found, row, 1, tmp_path)[0].made_from for row in found.rows}
+    assert {"soft_n1", "soft_n3", "soft_n4", "ours_no_steps"} <= set(made) and len(made) > 20
+    assert len({json.dumps(value, sort_keys=True) for value in made.values()}) == len(made)
 
 
 def test_children_sample_on_a_device_for_each_core(monkeypatch):

@@ -1,5 +1,6 @@
 """The collected figures for people: two markdown tables, quality and cost."""
 
+import statistics
 from typing import Any
 
 from benchmarks.quality.stages import COMPARED
@@ -10,7 +11,7 @@ def markdown(result: dict[str, Any]) -> str:
     rows, images, seeds = result["rows"], result["images"], result["seeds"]
     share = images // seeds
     c = result["config"]
-    exact = next((row["pooled"]["fd"] for row in rows if row["method"] == "fp"), None)
+    exact = _exact(rows)
     lines = [
         f"# Quality by method and bits, {c['model']['checkpoint'] or c['model']['variant']}",
         "",
@@ -20,13 +21,14 @@ def markdown(result: dict[str, Any]) -> str:
         "",
         f"*Pooled*: of all {images:,} images as one set. *Seeds*: mean ± standard deviation of the figures of {seeds} sets of "
         f"{share:,} images, each from a model of its own seed. Frechet distances of {share:,} images are biased upward against "
-        f"those of {images:,}, in all rows alike: compare pooled with pooled, seeds with seeds.",
+        f"those of {images:,}, in all rows alike: compare pooled with pooled, seeds with seeds. *To full precision*: "
+        "how far above its distance, of the same noise and classes.",
         "",
         "## Quality",
         "",
     ]
-    head = ["Method", "Bits (W)", "FD ↓ pooled", "to full precision", "FD ↓ seeds", "sFD ↓ pooled", "IS ↑ seeds",
-            "Precision ↑ pooled", "Recall ↑ pooled", "PSNR ↑ seeds, dB", "Noise error ↓ seeds"]  # fmt: skip
+    head = ["Method", "Bits (W)", "FD ↓ pooled", "to full precision", "FD ↓ seeds", "to full precision, seeds", "sFD ↓ pooled",
+            "IS ↑ seeds", "Precision ↑ pooled", "Recall ↑ pooled", "PSNR ↑ seeds, dB", "Noise error ↓ seeds"]  # fmt: skip
     lines += _table(head, [_quality(row, exact) for row in rows])
     lines += [
         "",
@@ -47,12 +49,64 @@ def markdown(result: dict[str, Any]) -> str:
                if name != "is"}  # fmt: skip
     lines += ["", *(f"{DASH} {reason}.  " for reason in sorted(reasons))] if reasons else []
     if result["missing"]:
-        lines += ["", f"Missing: {_missing(result['missing'])}."]
+        lines += ["", f"Missing: {_missing(result['missing'], seeds)}."]
     commits = sorted({seed["commit"] or "unknown" for row in rows for seed in row["seeds"]})
     if commits:
         devices = sorted({place for row in rows for seed in row["seeds"] for place in seed["devices"].values()})
         lines += ["", f"Models made at {', '.join(commits)}, on {' and '.join(devices)}."]
     return "\n".join([*lines, "", f"Made by `{result['command']}`.", ""])
+
+
+def short(result: dict[str, Any]) -> str:
+    """A few columns of all rows, for the README: a test sees to it that it has just this."""
+    head = [
+        "Method",
+        "Bits a weight",
+        "Frechet distance",
+        "to full precision",
+        "PSNR to full precision",
+        "L_d",
+        "Calibration",
+    ]
+    exact = _exact(result["rows"])
+    lines = []
+    for row in result["rows"]:
+        mean, bits = row["mean"], fixed(row["size"]["bits_per_quantized_weight"], 2)
+        psnr, seconds = mean.get("psnr_to_fp_db"), mean.get("calibrate_s")
+        cells = [
+            row["label"],
+            bits,
+            number(row["pooled"]["fd"], 4),
+            _gap(row, exact),
+            DASH if psnr is None else f"{fixed(psnr, 1)} dB",
+            number(mean.get("l_d"), 3),
+            DASH if seconds is None else f"{fixed(seconds, 0)} s",
+        ]
+        lines.append([f"**{cell}**" for cell in cells] if row["label"] == "ours" else cells)
+    return "\n".join(_table(head, lines))
+
+
+def _exact(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+    return next((row for row in rows if row["method"] == "fp"), None)
+
+
+def _gap(row: dict[str, Any], exact: dict[str, Any] | None) -> str:
+    """How far above full precision's a row's pooled distance is."""
+    if exact is None or row is exact or row["pooled"]["fd"] is None or not exact["pooled"]["fd"]:
+        return DASH
+    return f"{100 * (row['pooled']['fd'] / exact['pooled']['fd'] - 1):+.1f} %"
+
+
+def _gaps(row: dict[str, Any], exact: dict[str, Any] | None) -> str:
+    """The same of each seed, whose images are of the same noise and classes: mean and standard deviation."""
+    if exact is None or row is exact:
+        return DASH
+    pairs = [(one["fd"], other["fd"]) for one, other in zip(row["seeds"], exact["seeds"], strict=True)]
+    if not all(one is not None and other for one, other in pairs):
+        return DASH
+    gaps = [100 * (one / other - 1) for one, other in pairs]
+    spread = f" ± {statistics.stdev(gaps):.1f}" if len(gaps) > 1 else ""
+    return f"{statistics.fmean(gaps):+.1f}{spread} %"
 
 
 def _other_steps(rows: list[dict[str, Any]]) -> str:
@@ -61,14 +115,16 @@ def _other_steps(rows: list[dict[str, Any]]) -> str:
     return "".join(f"; {label} {steps}" for label, steps in own.items() if steps)
 
 
-def _missing(items: list[dict[str, Any]]) -> str:
-    """ "ours_w2 seeds 1, 2 (sample is not done); ..."."""
-    seeds: dict[tuple[str, str], list[str]] = {}
+def _missing(items: list[dict[str, Any]], seeds: int) -> str:
+    """ "dkm_w2, paper_w2 (quantize is not done); ours_w2 seeds 1, 2 (sample is not done)"."""
+    lacking: dict[tuple[str, str], list[str]] = {}
     for item in items:
-        seeds.setdefault((item["row"], item["what"]), []).append(str(item["seed"]))
-    return "; ".join(
-        f"{row} seed{'s' * (len(numbers) > 1)} {', '.join(numbers)} ({what})" for (row, what), numbers in seeds.items()
-    )
+        lacking.setdefault((item["what"], item["row"]), []).append(str(item["seed"]))
+    rows: dict[str, list[str]] = {}
+    for (what, row), numbers in lacking.items():
+        some = f" seed{'s' * (len(numbers) > 1)} {', '.join(numbers)}" if len(numbers) < seeds else ""
+        rows.setdefault(what, []).append(row + some)
+    return "; ".join(f"{', '.join(names)} ({what})" for what, names in rows.items())
 
 
 def _table(head: list[str], rows: list[list[str]]) -> list[str]:
@@ -84,17 +140,15 @@ def _spread(row: dict[str, Any], name: str, digits: int = 4) -> str:
     return number(mean, digits) if std is None else f"{number(mean, digits)} ± {number(std, 2)}"
 
 
-def _quality(row: dict[str, Any], exact: float | None) -> list[str]:
+def _quality(row: dict[str, Any], exact: dict[str, Any] | None) -> list[str]:
     pooled = row["pooled"]
-    gap = DASH
-    if exact and pooled["fd"] is not None and row["method"] != "fp":
-        gap = f"{100 * (pooled['fd'] / exact - 1):+.1f} %"
     return [
         row["label"],
         fixed(row["size"]["bits_per_quantized_weight"], 2),
         number(pooled["fd"], 4),
-        gap,
+        _gap(row, exact),
         _spread(row, "fd"),
+        _gaps(row, exact),
         number(pooled["sfd"], 4),
         _spread(row, "is"),
         fixed(pooled["precision"], 4),

@@ -4,8 +4,7 @@
 
 s_l is the share of L_s + L_c, the error of the sampler's next step (`losses.step_distance`), that layer l has when it alone is
 quantized as it is now, summed over the steps of a trajectory, as if such errors added up. D is what a codebook leaves of the
-error of a layer's outputs, and bits count codes and codewords. For a price on bits every layer chooses on its own (Shoham &
-Gersho 1988); the least price that the budget allows is found by bisection.
+error of a layer's outputs, and bits count codes and codewords. The sum is over few choices, so the least one is found exactly.
 """
 
 import dataclasses
@@ -17,6 +16,7 @@ from typing import Any
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from vq4dit_jax import diffusion, quantization
 from vq4dit_jax.calibration import losses, trajectory
@@ -28,6 +28,7 @@ DISTORTION = {(64, 8): 8.8, (256, 8): 4.2, (64, 4): 2.6, (256, 4): 1.0, (64, 2):
 """(K, d) -> D, in units of K = 256, d = 4: geometric means over the layers of the built-in model, after
 `vq.layerwise.solve`. What the kernels have (codes of 6 and 8 bits) is what there is to choose from."""
 _IMAGES, _STEPS = 4, 10
+_STATES = 1 << 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Layer:
 
 
 def spread(layers: list[Layer], budget: int, codebook_bits: int, together: bool = False) -> dict[str, VQSpec]:
-    """Path -> spec, with `budget` bits in all at most.
+    """Path -> spec, with `budget` bits in all at most and the least cost that they can have.
 
     `together`: the blocks of a role share a spec, so that they stay one stack.
     Raises InputError where the least bits of the menu are above the budget.
@@ -64,35 +65,54 @@ def spread(layers: list[Layer], budget: int, codebook_bits: int, together: bool 
     roles: dict[str, list[Layer]] = {}
     for layer in layers:
         roles.setdefault(re.sub(r"/\d+/", "/*/", layer.path, count=1) if together else layer.path, []).append(layer)
-
-    def choose(price: float) -> tuple[dict[str, VQSpec], int]:
-        chosen, total = {}, 0
-        for members in roles.values():
-            menus = [layer.menu() for layer in members]
-            common = [spec for spec in menus[0] if all(spec in menu for menu in menus)]
-            size = lambda spec, members=members: sum(layer.bits(spec, codebook_bits) for layer in members)
-            cost = lambda spec, menus=menus, size=size: sum(menu[spec] for menu in menus) + price * size(spec)
-            best = min(common, key=cost)
-            chosen.update({layer.path: best for layer in members})
-            total += size(best)
-        return chosen, total
-
-    # Prices of a bit, as powers of two: from free to dearer than all error is worth.
-    low, high = -80.0, 20.0
-    chosen, least = choose(2.0**high)
+    members, menus = list(roles.values()), []
+    for role in members:
+        each = [layer.menu() for layer in role]
+        common = [spec for spec in each[0] if all(spec in menu for menu in each)]
+        menus.append(
+            {
+                spec: (sum(layer.bits(spec, codebook_bits) for layer in role), sum(menu[spec] for menu in each))
+                for spec in common
+            }
+        )
+    least = sum(min(bits for bits, _ in menu.values()) for menu in menus)
     if least > budget:
         raise InputError(
             f"calibration.budget allows {budget // 8} bytes for codes and codebooks; the least that the layers can have is "
             f"{least // 8}: allow more"
         )
-    for _ in range(60):
-        middle = (low + high) / 2
-        found, total = choose(2.0**middle)
-        if total <= budget:
-            high, chosen = middle, found
-        else:
-            low = middle
-    return chosen
+    chosen = _cheapest([list(menu.values()) for menu in menus], budget)
+    return {
+        layer.path: list(menu)[option]
+        for role, menu, option in zip(members, menus, chosen, strict=True)
+        for layer in role
+    }
+
+
+def _cheapest(menus: list[list[tuple[int, float]]], budget: int) -> list[int]:
+    """Of each menu of (bits, cost) the option to take: the knapsack problem with a choice of each kind, by dynamic programming.
+
+    Some choice keeps the budget. Bits are counted in their common divisor, or in a part of the budget where that would be too many states; then they
+    are rounded up, and the budget holds.
+    """
+    divisor = math.gcd(*(bits for menu in menus for bits, _ in menu))
+    unit = max(divisor, -(-budget // _STATES))
+    # best[s]: the least cost of the menus so far with s units at most.
+    best, taken = np.zeros(budget // unit + 1), []
+    for menu in menus:
+        costs = np.full((len(menu), len(best)), np.inf)
+        for option, (bits, cost) in enumerate(menu):
+            size = -(-bits // unit)
+            costs[option, size:] = best[: max(len(best) - size, 0)] + cost
+        taken.append(costs.argmin(0))
+        best = costs.min(0)
+    if not np.isfinite(best[-1]):  # only the rounding is in the way
+        return [min(range(len(menu)), key=lambda option: menu[option]) for menu in menus]
+    left, chosen = len(best) - 1, []
+    for menu, options in zip(reversed(menus), reversed(taken), strict=True):
+        chosen.append(int(options[left]))
+        left -= -(-menu[chosen[-1]][0] // unit)
+    return chosen[::-1]
 
 
 def rules(chosen: Mapping[str, VQSpec]) -> tuple[quantization.Rule, ...]:

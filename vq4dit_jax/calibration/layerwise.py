@@ -32,7 +32,7 @@ _CONDITIONING = ".*adaLN.*"
 changes in them is a small part of their energy, and all that guidance has."""
 _LABELS = 0.5
 """`differences` of their moments."""
-_ALIKE = 0.1
+_ALIKE = 0.25
 """The share of moments in which every time step counts alike; the rest is for what an error leaves in the image. Of the
 moments of `_CONDITIONING` one half more counts alike."""
 _LLOYD_ITERATIONS = 10
