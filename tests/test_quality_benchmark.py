@@ -348,7 +348,7 @@ def test_the_shipped_table_resolves(tmp_path):
     for row in found.rows:
         for case in rows.cases(found, row, 3, tmp_path):
             c = case.config.calibration
-            assert case.num_images == 1700 and c.batch == 16 and c.steps == (350 if row.label == "ours" else 500)
+            assert case.num_images == 1700 and c.batch == 16 and c.steps == (325 if row.label == "ours" else 500)
             assert case.config.seed == case.seed and case.made_from["method"] == row.method
             if row.bits != 32:
                 assert case.config.quantize.bits == row.bits
