@@ -62,5 +62,6 @@ def get_config() -> Table:
         for name, changes in CHANGES[form].items():
             own = {f"calibration.{key}": value for key, value in changes.items() if key != "rules"}
             own |= {f"quantize.{key}": value for key, value in changes.items() if key == "rules"}
-            rows.append(Row(f"{form}_{name}", f"{form}: {name.replace('_', ' ')}", "vq4dit", 2, config=OURS, overrides=fields | own))
+            label = f"{form}: {name.replace('_', ' ')}"
+            rows.append(Row(f"{form}_{name}", label, "vq4dit", 2, config=OURS, overrides=fields | own))
     return Table(base.lock(), tuple(rows))

@@ -92,8 +92,8 @@ def spread(layers: list[Layer], budget: int, codebook_bits: int, together: bool 
 def _cheapest(menus: list[list[tuple[int, float]]], budget: int) -> list[int]:
     """Of each menu of (bits, cost) the option to take: the knapsack problem with a choice of each kind, by dynamic programming.
 
-    Some choice keeps the budget. Bits are counted in their common divisor, or in a part of the budget where that would be too many states; then they
-    are rounded up, and the budget holds.
+    Some choice keeps the budget. Bits are counted in their common divisor, or in a part of the budget where that would be
+    too many states; then they are rounded up, and the budget holds.
     """
     divisor = math.gcd(*(bits for menu in menus for bits, _ in menu))
     unit = max(divisor, -(-budget // _STATES))
