@@ -17,9 +17,10 @@ from vq4dit_jax.errors import InputError
 from vq4dit_jax.evaluation.images import checksum
 from vq4dit_jax.evaluation.tfgan import IS_SPLIT
 
-QUALITY = ("fd", "sfd", "is", "precision", "recall", "psnr_to_fp_db")
-"""Of samples; the other figures of a seed are its model's."""
 POOLED = ("fd", "sfd", "is", "precision", "recall")
+"""Of all seeds' samples."""
+QUALITY = (*POOLED, "psnr_to_fp_db")
+"""Of a seed's samples; its other figures are its model's."""
 _READ_AT_ONCE = 1000
 
 
@@ -66,7 +67,8 @@ class Evaluator:
         images = find()
         if not images.exists():
             raise InputError(
-                f"{kept} is of other images or another comparison, and {images} is not there; remove {kept} and sample anew"
+                f"{kept} is of other images or another comparison, and {images} is not there; "
+                f"remove {images.parents[2]} to make the row anew"
             )
         judge = self.judge
         found, reasons = evaluation.evaluate_with_reasons(images, judge.classifier, judge.reference)
@@ -127,7 +129,10 @@ def _row(row: Row, every: list[Case], originals: list[Case] | None, evaluate: Ev
         "config": row.config,
         "overrides": dict(row.overrides),
         "size": _read(every[0].model / "figures.json")["size"],
-        "pooled": {name: pooled[name] for name in (*POOLED, "num_images", "features", "reasons")},
+        "pooled": {
+            **{name: pooled[name] for name in (*POOLED, "num_images", "features")},
+            "reasons": {name: why for name, why in pooled["reasons"].items() if name in POOLED},
+        },
         "mean": {name: statistics.fmean(v) if v else None for name, v in values.items()},
         "std": {name: statistics.stdev(v) if len(v) > 1 else None for name, v in values.items()},
         "seeds": found,

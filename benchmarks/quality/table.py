@@ -46,7 +46,7 @@ def markdown(result: dict[str, Any]) -> str:
     if features := next((row["pooled"]["features"] for row in rows), None):
         lines += ["", f"Features: {features}."]
     reasons = {f"{name}: {why}" for row in rows for name, why in row["pooled"]["reasons"].items()
-               if name not in ("is", "psnr_to_fp_db")}  # fmt: skip
+               if name != "is"}  # fmt: skip
     lines += ["", *(f"{DASH} {reason}.  " for reason in sorted(reasons))] if reasons else []
     if result["missing"]:
         lines += ["", f"Missing: {_missing(result['missing'], seeds)}."]

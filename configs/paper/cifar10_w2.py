@@ -1,6 +1,6 @@
 """configs/cifar10_w2.py with the calibration of the paper: to compare with, not to use.
 
-docs/calibration.md says what it gave.
+benchmarks/results/quality_cifar10/table.md says what it gave, once its row is made.
 """
 
 from ml_collections import ConfigDict

@@ -29,6 +29,7 @@ DISTORTION = {(64, 8): 8.8, (256, 8): 4.2, (64, 4): 2.6, (256, 4): 1.0, (64, 2):
 `vq.layerwise.solve`. What the kernels have (codes of 6 and 8 bits) is what there is to choose from."""
 _IMAGES, _STEPS = 4, 10
 _STATES = 1 << 16
+"""Sizes that are told apart at most, when bits are spread."""
 
 
 @dataclasses.dataclass(frozen=True)
