@@ -104,7 +104,7 @@ class Case:
 
     @property
     def first_images(self) -> pathlib.Path:
-        """The first of full precision's images, which the other rows' are compared with (`figures.COMPARED`)."""
+        """The first of full precision's images, which the other rows' are compared with (`stages.COMPARED`)."""
         return self.samples / "first.npz"
 
     @functools.cached_property

@@ -26,7 +26,7 @@ from vq4dit_jax.reporting.markup import figure
 from vq4dit_jax.workdir import Workdir
 
 COMPARED = 340
-"""Images of each seed that are compared with full precision's, which are kept for that: `first.npz`, 0.8 MB of CIFAR's size."""
+"""Images of each seed that are compared with full precision's, which are kept for that: `first.npz`, 1 MB of CIFAR's size."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,31 +74,27 @@ def sample(case: Case) -> None:
         if not is_done(case, "quantize"):
             raise InputError(f"{case.model}: there is no finished model to sample; add quantize to --stages")
         claim(case.samples, case.sampled_from)
-        if case.images.exists():
-            _keep_first(case)
-            return
-        model, params, _ = checkpoint.load_quantized(case.model / "packed")
-        c = case.table.base.sample
-        generation.generate(
-            Share(
-                case.num_images, c.batch, c.labels, c.sampler, c.steps, c.cfg_scale, first=case.seed * case.num_images
-            ),
-            model,
-            dense(params),
-            case.key(SAMPLES),
-            case.images,
-            sources.open_decoder(sources.locate(case.table.base.model.vae), model.in_channels)[0],
-            case.name,
-        )
-        _keep_first(case)
+        if not case.images.exists():
+            _generate(case)
+        if case.row.method == "fp":
+            first = generation.read_head(case.images, COMPARED)
+            with files.atomic_path(case.first_images) as partial, open(partial, "wb") as file:
+                np.savez_compressed(file, first)
 
 
-def _keep_first(case: Case) -> None:
-    if case.row.method != "fp":
-        return
-    first = generation.read_head(case.images, COMPARED)
-    with files.atomic_path(case.first_images) as partial, open(partial, "wb") as file:
-        np.savez_compressed(file, first)
+def _generate(case: Case) -> None:
+    model, params, _ = checkpoint.load_quantized(case.model / "packed")
+    c = case.table.base.sample
+    first = case.seed * case.num_images
+    generation.generate(
+        Share(case.num_images, c.batch, c.labels, c.sampler, c.steps, c.cfg_scale, first=first),
+        model,
+        dense(params),
+        case.key(SAMPLES),
+        case.images,
+        sources.open_decoder(sources.locate(case.table.base.model.vae), model.in_channels)[0],
+        case.name,
+    )
 
 
 STAGES = {"quantize": quantize, "sample": sample}
@@ -106,10 +102,9 @@ STAGES = {"quantize": quantize, "sample": sample}
 
 def is_done(case: Case, stage: str) -> bool:
     """Figures outlive what they are of: a model that has been sampled and images that have been judged may be gone."""
-    judged = (case.samples / "figures.json").exists()
     if stage == "quantize":
-        return (case.model / "figures.json").exists() and ((case.model / "packed").exists() or judged)
-    sampled = case.images.exists() or judged
+        return (case.model / "figures.json").exists() and ((case.model / "packed").exists() or is_done(case, "sample"))
+    sampled = case.images.exists() or (case.samples / "figures.json").exists()
     return sampled and (case.row.method != "fp" or case.first_images.exists())
 
 
