@@ -17,7 +17,17 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from vq4dit_jax.errors import InputError
-from vq4dit_jax.reporting import ReportData, charts, grids, markup, progress, write_comparison, write_grid, write_report
+from vq4dit_jax.reporting import (
+    ReportData,
+    charts,
+    grids,
+    markup,
+    process,
+    progress,
+    write_comparison,
+    write_grid,
+    write_report,
+)
 
 VOID = {"area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "track", "wbr"}
 MODELS = ("fp", "kmeans", "vq4dit")
@@ -352,6 +362,22 @@ def test_linear_ticks_are_few_and_inside(low, width):
     ticks = charts.linear_ticks(low, high)
     assert 2 <= len(ticks) <= 8
     assert all(low - 1e-6 * width <= tick <= high + 1e-6 * width for tick in ticks)
+
+
+@given(st.floats(1e-6, 1e6), st.floats(1.01, 1e6))
+def test_log_ticks_are_at_least_two_and_inside(low, ratio):
+    ticks = charts.log_ticks(low, low * ratio)
+    assert 2 <= len(ticks) <= 20 and ticks == sorted(set(ticks))
+    assert all(low * 0.99 <= tick <= low * ratio * 1.01 for tick in ticks)
+
+
+def test_solved_assignments_are_no_mixture():
+    solved, chosen = [0] * 19 + [7], [3] + [0] * 18 + [4]
+    page = lambda *counts: markup.ElementTree.tostring(
+        process.ratios([{"step": i, "ratio_histogram": c} for i, c in enumerate(counts)]), encoding="unicode"
+    )
+    assert "No sub-vector had a choice" in page(solved, solved) and "mixture" not in page(solved, solved)
+    assert "mixture" in page(chosen, solved) and "No sub-vector" not in page(chosen, solved)
 
 
 @pytest.mark.parametrize(

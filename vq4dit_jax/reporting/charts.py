@@ -184,14 +184,15 @@ def linear_ticks(low: Number, high: Number, most: int = 6) -> list[Number]:
 
 
 def log_ticks(low: Number, high: Number) -> list[Number]:
-    """Powers of ten within [low, high]; with their multiples by 2 and 5 where that leaves fewer than four."""
+    """Powers of ten within [low, high]; with their multiples by 2 and 5 where that leaves fewer than four, and as on a linear
+    axis where even those are fewer than two."""
     exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     ticks = []
     for factors in ((1,), (1, 2, 5)):
         ticks = [f * 10.0**e for e in exponents for f in factors if low * 0.999 <= f * 10.0**e <= high * 1.001]
         if len(ticks) >= 4:
             break
-    return ticks
+    return ticks if len(ticks) >= 2 else linear_ticks(low, high)
 
 
 def _widened(low: Number, high: Number) -> Scale:

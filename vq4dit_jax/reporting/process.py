@@ -118,7 +118,7 @@ def _calibration_table(c: Figures) -> Element:
 
 
 def ratios(train_log: Sequence[Figures]) -> Element:
-    """How the ratios of the first candidates leave the middle and settle at 0 or 1."""
+    """How the ratios of the first candidates leave the middle and settle at 0 or 1; or that there was nothing to choose."""
     recorded = []
     for line in train_log:
         counts = [figure(v) or 0.0 for v in line.get("ratio_histogram") or ()]
@@ -127,6 +127,10 @@ def ratios(train_log: Sequence[Figures]) -> Element:
     title = "Ratios of the first candidate"
     if not recorded:
         return section("ratios", title, note("No ratio histogram was recorded."))
+    if all(shares[-1] == 1 for _, shares in recorded):
+        why = "No sub-vector had a choice: assignments were solved before the first step, and every ratio is 1 throughout."
+        last = charts.histogram(element("b", None, "All steps"), "Ratios: all in the highest bin.", recorded[-1][1])
+        return section("ratios", title, note(why), element("div", {"class": "three"}, last))
     if len(recorded) > MOST_HISTOGRAMS:
         last = len(recorded) - 1
         recorded = [recorded[round(i * last / (MOST_HISTOGRAMS - 1))] for i in range(MOST_HISTOGRAMS)]
