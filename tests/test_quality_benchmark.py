@@ -18,6 +18,7 @@ from evaluation_cases import images, linear_classifier, needs_tfgan
 from models import tiny
 from safetensors.numpy import save_file
 
+from benchmarks import record
 from benchmarks.quality import __main__ as command
 from benchmarks.quality import chart, figures, rows, stages, table
 from convert.facebook import FACEBOOK
@@ -287,8 +288,21 @@ def test_processes_end_together_and_the_next_run_goes_on(config, finished, tmp_p
     assert "1 of 4 rows" in done.stdout
     row = _read(workdir / "table.json")["rows"][0]
     assert row["pooled"]["fd"] is None and row["std"]["l_d"] is None
-    assert row["seeds"][0]["devices"]["model"].startswith("1 x")
+    assert row["seeds"][0]["devices"]["model"].startswith("1 x cpu")
     np.testing.assert_allclose(_images(workdir, "fp", 0)[:4].astype(int), _images(finished, "fp", 0), atol=1)
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "wanted"),
+    [
+        ("model name\t: AMD EPYC 9R14\nflags\t\t: fpu avx avx2 avx512f avx512bw\n", "AMD EPYC 9R14, avx512f"),
+        ("model name\t: AMD EPYC\nflags\t\t: fpu avx avx2\n", "AMD EPYC, avx2"),
+        ("BogoMIPS\t: 50.00\nFeatures\t: fp asimd sve\n", "asimd"),
+        ("", ""),
+    ],
+)
+def test_seconds_come_with_the_processor_they_were_measured_on(cpuinfo, wanted):
+    assert record.describe_processor(cpuinfo) == wanted
 
 
 def _refused(capsys, *arguments) -> str:

@@ -134,7 +134,7 @@ def report(
         "command": command,
         "commit": record.commit(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "devices": provenance.devices(),
+        "devices": record.devices(),
         "versions": provenance.versions(),
     }
     result = head | result

@@ -134,7 +134,7 @@ def claim(folder: pathlib.Path, definition: dict[str, Any]) -> None:
             "definition": definition,
             "commit": record.commit(),
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "devices": provenance.devices(),
+            "devices": record.devices(),
             "versions": provenance.versions(),
         }
         files.write_json(file, made)

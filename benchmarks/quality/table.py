@@ -40,9 +40,13 @@ def markdown(result: dict[str, Any]) -> str:
         "",
     ]
     head = ["Method", "Nominal bits", "Bits (W)", "Bits of all parameters", "MB", "L_d ↓ seeds", "Quantize, s", "Calibrate, s",
-            "Peak memory, GB"]  # fmt: skip
+            "Peak memory, GB", "On"]  # fmt: skip
     lines += _table(head, [_cost(row) for row in rows])
-    lines += ["", "MB: packed, with all that is kept in 16 or 32 bits. Seconds and memory: means over seeds."]
+    lines += [
+        "",
+        "MB: packed, with all that is kept in 16 or 32 bits. Seconds and memory: means over seeds. Seconds compare only "
+        "between rows of the same machine.",
+    ]
     if features := next((row["pooled"]["features"] for row in rows), None):
         lines += ["", f"Features: {features}."]
     reasons = {f"{name}: {why}" for row in rows for name, why in row["pooled"]["reasons"].items()
@@ -52,8 +56,8 @@ def markdown(result: dict[str, Any]) -> str:
         lines += ["", f"Missing: {_missing(result['missing'], seeds)}."]
     commits = sorted({seed["commit"] or "unknown" for row in rows for seed in row["seeds"]})
     if commits:
-        devices = sorted({place for row in rows for seed in row["seeds"] for place in seed["devices"].values()})
-        lines += ["", f"Models made at {', '.join(commits)}, on {' and '.join(devices)}."]
+        devices = sorted({seed["devices"]["samples"] for row in rows for seed in row["seeds"]})
+        lines += ["", f"Models made at {', '.join(commits)}; samples on {' and '.join(devices)}."]
     return "\n".join([*lines, "", f"Made by `{result['command']}`.", ""])
 
 
@@ -170,4 +174,5 @@ def _cost(row: dict[str, Any]) -> list[str]:
         fixed(mean.get("quantize_s"), 1),
         fixed(mean.get("calibrate_s"), 0),
         fixed(mean.get("peak_gb"), 2),
+        " and ".join(sorted({seed["devices"]["model"] for seed in row["seeds"]})),
     ]
