@@ -151,7 +151,8 @@ def test_small_layers_get_small_codebooks(rows, subvectors):
 
 
 @pytest.mark.parametrize(
-    ("bits", "assignment_mib", "codebook_mib"), [(2, 159.46875, 196 * 256 * 4 * 4 / 2**20), (3, 239.203125, None)]
+    ("bits", "assignment_mib", "codebook_mib"),
+    [(1.5, 119.6015625, None), (2, 159.46875, 196 * 256 * 4 * 4 / 2**20), (3, 239.203125, None)],
 )
 def test_xl2_has_exactly_the_published_sizes(bits, assignment_mib, codebook_mib):
     """design.md section 2, from shapes alone."""
