@@ -305,6 +305,16 @@ def test_seconds_come_with_the_processor_they_were_measured_on(cpuinfo, wanted):
     assert record.describe_processor(cpuinfo) == wanted
 
 
+def test_what_was_remarked_of_a_model_stands_below_the_table():
+    """Once for all seeds that share it; rows without a remark say nothing."""
+    seed = lambda number, remark=None: {"seed": number, "remark": remark}
+    rows = [
+        {"label": "ours", "bits": 1.5, "seeds": [seed(0, "stopped"), seed(1, "slow"), seed(2, "slow")]},
+        {"label": "k-means", "bits": 2, "seeds": [seed(0)]},
+    ]
+    assert table._remarks(rows) == ["ours, 1.5 bits, seed 0: stopped", "ours, 1.5 bits, seeds 1 and 2: slow"]
+
+
 def _refused(capsys, *arguments) -> str:
     code = command.main(list(arguments))
     err = capsys.readouterr().err

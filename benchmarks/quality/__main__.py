@@ -10,7 +10,8 @@ since is such a difference too; where its value says what was done before, add i
 
 The table has every row that is done, whatever --rows says, and names what is missing. It is written after each row. A row's
 figures are enough for it: models and images may be removed, but for the few of full precision's that others are compared
-with (first.npz). benchmarks/results/quality_cifar10 is such a DIR; with it as --workdir the table there goes on.
+with (first.npz). benchmarks/results/quality_cifar10 is such a DIR; with it as --workdir the table there goes on. What a
+reader must know of how a model was made ("remark" in its definition.json) stands below the table.
 """
 
 import argparse

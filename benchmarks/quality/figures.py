@@ -154,6 +154,7 @@ def _seed(case: Case, originals: Case | None, evaluate: Evaluator) -> dict[str, 
         "commit": made["commit"],
         "date": made["date"],
         "devices": {"model": made["devices"], "samples": sampled["devices"]},
+        "remark": made.get("remark"),
     }
 
 

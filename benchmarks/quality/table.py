@@ -47,6 +47,7 @@ def markdown(result: dict[str, Any]) -> str:
         "MB: packed, with all that is kept in 16 or 32 bits. Seconds and memory: means over seeds. Seconds compare only "
         "between rows of the same machine.",
     ]
+    lines += [part for remark in _remarks(rows) for part in ("", f"{remark}.")]
     if features := next((row["pooled"]["features"] for row in rows), None):
         lines += ["", f"Features: {features}."]
     reasons = {f"{name}: {why}" for row in rows for name, why in row["pooled"]["reasons"].items()
@@ -117,6 +118,17 @@ def _other_steps(rows: list[dict[str, Any]]) -> str:
     """ "; ours 400" where rows have another number of steps than the table."""
     own = {row["label"]: row["overrides"].get("calibration.steps") for row in rows}
     return "".join(f"; {label} {steps}" for label, steps in own.items() if steps)
+
+
+def _remarks(rows: list[dict[str, Any]]) -> list[str]:
+    """ "ours, 1.5 bits, seeds 1 and 2: ..." of what somebody wrote into a model's definition.json."""
+    seeds_of: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        for seed in row["seeds"]:
+            if remark := seed.get("remark"):
+                seeds_of.setdefault((f"{row['label']}, {row['bits']:g} bits", remark), []).append(str(seed["seed"]))
+    return [f"{which}, seed{'s' * (len(seeds) > 1)} {' and '.join(seeds)}: {remark}"
+            for (which, remark), seeds in seeds_of.items()]  # fmt: skip
 
 
 def _missing(items: list[dict[str, Any]], seeds: int) -> str:
