@@ -110,7 +110,7 @@ def test_forward_and_gradient_are_those_of_torch():
 
 @settings(max_examples=8)
 @given(cases)
-def test_on_a_cpu_values_and_gradients_are_those_of_autodiff_to_the_bit(operands):
+def test_on_a_cpu_values_and_gradients_are_those_of_autodiff(operands):
     gradient, candidates, ratios, codebook = operands
 
     @jax.jit
@@ -123,8 +123,9 @@ def test_on_a_cpu_values_and_gradients_are_those_of_autodiff_to_the_bit(operands
             results.append((value, *pull_back(jnp.asarray(gradient))))
         return results
 
+    # Not to the bit: which sums XLA fuses with their products (FMA) it decides for each program and processor.
     for ours, plain in zip(*both(codebook, ratios), strict=True):
-        np.testing.assert_array_equal(ours, plain)
+        close(ours, plain, 1e-6)
 
 
 def test_a_stack_is_a_matrix_after_the_other_and_integers_get_no_gradient():
