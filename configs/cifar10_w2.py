@@ -3,7 +3,7 @@
 Costs: a quarter of an hour on two CPU cores, 4 GB of memory; nothing is downloaded.
 Gives: the packed model, sampled beside the original, and report.html. The pictures of both show the same things.
 Vary:  --config.calibration.steps=500 --config.calibration.batch=16 --config.sample.num_images=1000   the benchmark's size
-       --config.quantize.bits=3                                                                        or configs/cifar10_w3.py
+       --config=configs/cifar10_w3.py                                                                  3 bits, with rates for them
        --config.sample.sampler=dpm++ --config.sample.steps=10                                          faster sampling
 """
 

@@ -5,10 +5,12 @@ Costs: as configs/cifar10_w2.py.   Gives: nearer to the original than 2 bits, ha
 
 from ml_collections import ConfigDict
 
+from vq4dit_jax.calibration import FINE
 from vq4dit_jax.config import cifar10
 
 
 def get_config() -> ConfigDict:
     c = cifar10()
     c.quantize.bits = 3.0
+    c.calibration.update(FINE)
     return c.lock()

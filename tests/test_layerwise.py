@@ -57,6 +57,40 @@ def test_neither_half_raises_the_error(seed):
     assert errors[-1] < 0.5 * errors[0]
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_restored_outputs_have_slope_one_on_the_teachers_and_its_mean(seed):
+    """On any inputs; and without `scale` the mean alone. Before, solved codes are fainter by their error."""
+    weight, moments, codebook, _ = problem(seed=seed)
+    codebook, codes, error = layerwise.solve(weight, moments, codebook)
+    rng = np.random.default_rng(seed)
+    x = rng.multivariate_normal(rng.standard_normal(16), np.asarray(moments, np.float64), 300)
+    mean = x.mean(0)
+    spread = (x - mean).T @ (x - mean) / len(x)
+    how = [jnp.asarray(a, jnp.float32) for a in (spread, mean)]
+
+    def slope_and_shift(codebook, shift):
+        wanted, found = (x @ np.asarray(w, np.float64).T for w in (weight, decoded(codebook, codes)))
+        found = found + np.asarray(shift)
+        around = wanted - wanted.mean(0)
+        return (around * found).sum() / np.square(around).sum(), np.abs(found.mean(0) - wanted.mean(0)).max()
+
+    fainter, _ = slope_and_shift(codebook, np.zeros(24))
+    assert fainter < 1 - 0.3 * float(error)
+    slope, shift = slope_and_shift(*layerwise.restored(weight, *how, codebook, codes, scale=True))
+    assert abs(slope - 1) < 1e-5 and shift < 1e-5 * np.abs(x).max()
+    same, shift = layerwise.restored(weight, *how, codebook, codes, scale=False)
+    np.testing.assert_array_equal(same, codebook)
+    assert slope_and_shift(same, shift)[1] < 1e-5 * np.abs(x).max()
+
+
+def test_a_layer_of_nothing_but_zeros_stays_so():
+    weight, moments, codebook, codes = problem()
+    zeros = jnp.zeros_like(codebook)
+    found, shift = layerwise.restored(weight, moments, jnp.ones(16), zeros, codes, scale=True)
+    np.testing.assert_array_equal(found, zeros)
+    np.testing.assert_allclose(shift, np.asarray(weight).sum(1), rtol=1e-5)
+
+
 def test_descent_ends_where_no_single_code_can_be_bettered():
     weight, moments, codebook, codes = problem(rows=6, columns=8, groups=1)
     for _ in range(20):

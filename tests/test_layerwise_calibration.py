@@ -6,12 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 from models import tiny
 
 from vq4dit_jax import calibration, checkpoint, diffusion
-from vq4dit_jax.calibration import LAYERWISE, Recipe, losses
+from vq4dit_jax.calibration import LAYERWISE, Recipe, layerwise, losses
 from vq4dit_jax.errors import InputError
 from vq4dit_jax.quantization import matrices, quantize, sizes
+from vq4dit_jax.vq import VQArray
 
 pytestmark = pytest.mark.once  # a program for every shape and codebook is compiled
 RECIPE = Recipe(**LAYERWISE, steps=3, batch=2, trajectory_steps=3)
@@ -56,9 +58,54 @@ def test_an_allocation_keeps_the_budget_and_what_is_not_quantized(given, by_laye
     )
 
 
-def test_the_steps_leave_the_solved_assignments(by_layers):
-    from vq4dit_jax import checkpoint
+def test_gains_scale_codebooks_and_shift_biases_and_nothing_else(given):
+    """Stacks and tuples of parts alike; adaLN keeps its scale. Layer by layer the outputs then have the teacher's mean."""
+    model, teacher, packed = given
+    how = dict(key=jax.random.key(2), images=2, num_steps=3)
+    moments = calibration.input_moments(model, teacher, layerwise.quantized_paths(packed), **how)
+    kernels = {"/".join(key[:-1]): a for key, a in flatten_dict(teacher).items() if key[-1] == "kernel"}
+    for tree in (packed, allocated(packed)):
+        found = layerwise.restore(teacher, tree, moments)
+        assert jax.tree.structure(found) == jax.tree.structure(tree)
+        old, new = (flatten_dict(a, sep="/") for a in (tree, found))
+        biases = {path.replace("kernel", "bias") for path in moments}
+        for path in set(old) - set(moments) - biases:
+            np.testing.assert_array_equal(old[path], new[path])
+        for (path, block, a), (_, _, b) in zip(matrices(tree), matrices(found), strict=True):
+            np.testing.assert_array_equal(np.asarray(a.assignments), np.asarray(b.assignments))
+            a, b = (np.asarray(leaf.codebook, np.float32) for leaf in (a, b))
+            factor = (a * b).sum() / (a * a).sum()
+            np.testing.assert_allclose(b, factor * a, rtol=2e-3)  # float16
+            assert factor == 1 if "adaLN" in path else factor > 1.001
+            layer = path.removesuffix("/kernel")
+            weight, mean = (np.asarray(a[block], np.float64) for a in (kernels[layer], moments[path].mean()))
+            dense = np.asarray(decoded(found, path, block), np.float64)
+            shift = np.asarray(new[f"{layer}/bias"][block] - old[f"{layer}/bias"][block])
+            np.testing.assert_allclose(mean @ dense.T + shift, mean @ weight, atol=2e-3 * np.abs(mean @ weight).max())
 
+
+def allocated(packed):
+    """The same, its blocks parts of a tuple."""
+    vector_quantized = lambda leaf: isinstance(leaf, VQArray)
+
+    def parts(leaf):
+        if not vector_quantized(leaf):
+            return leaf
+        return tuple(jax.tree.map(lambda a: a[i : i + 1], leaf) for i in range(leaf.stack[0]))
+
+    return jax.tree.map(parts, packed, is_leaf=vector_quantized)
+
+
+def decoded(tree, path, block):
+    return next(leaf.decode() for p, b, leaf in matrices(tree) if (p, b) == (path, block))
+
+
+def test_gains_need_solved_layers():
+    with pytest.raises(InputError, match="gains=True: wanted False without layerwise"):
+        Recipe(gains=True)
+
+
+def test_the_steps_leave_the_solved_assignments(by_layers):
     _, hard, folder = by_layers
     _, start, _ = checkpoint.load_quantized(folder / "start")
     moved = 0

@@ -1,4 +1,4 @@
-"""Second moments of the inputs of Linears: against what one finds by hand."""
+"""Moments of the inputs of Linears: against what one finds by hand."""
 
 import dataclasses
 
@@ -65,7 +65,26 @@ def test_moments_are_those_of_inputs_collected_by_hand(teacher, seen, moments):
     ):
         rows = np.concatenate(rows)
         wanted = rows.T @ rows / len(rows)
-        np.testing.assert_allclose(np.asarray(moments[path][block]), wanted, rtol=1e-4, atol=1e-5 * wanted.max())
+        found = np.asarray(moments[path].second[block])
+        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5 * wanted.max())
+
+
+def test_means_and_spread_are_those_of_inputs_collected_by_hand(teacher, seen):
+    """Around each time step's own mean, steps counting as their weights say."""
+    path, weights = "blocks/adaLN_modulation/1/kernel", np.array([0.5, 1.5])
+    how = dict(key=jax.random.key(3), images=2, num_steps=STEPS)
+    found = input_moments(tiny()[0], teacher, [path], weights={path: jnp.asarray(weights, jnp.float32)}, **how)[path]
+    conditioning = jax.jit(lambda t, y: tiny()[0].apply({"params": teacher}, t, y, method="conditioning"))
+    rows = [np.asarray(jax.nn.silu(conditioning(batch.t, batch.y)), np.float64) for batch in seen[:STEPS]]
+    rows = rows[::-1]  # a trajectory begins at the last index
+    means = np.stack([r.mean(0) for r in rows])
+    spread = sum(w * (r - m).T @ (r - m) / len(r) for w, r, m in zip(weights, rows, means, strict=True)) / STEPS
+    for block in range(2):
+        np.testing.assert_allclose(np.asarray(found.means[:, block]), means, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(np.asarray(found.mean()[block]), weights @ means / STEPS, rtol=1e-4, atol=1e-6)
+        # Two large numbers of float32 are subtracted.
+        size = np.abs(np.asarray(found.second)).max()
+        np.testing.assert_allclose(np.asarray(found.spread()[block]), spread, rtol=0, atol=2e-6 * size)
 
 
 def test_steps_count_as_their_weights_say(teacher):
@@ -75,17 +94,18 @@ def test_steps_count_as_their_weights_say(teacher):
         input_moments(tiny()[0], teacher, PATHS[:2], weights={PATHS[0]: jnp.asarray(w)} if w else {}, **how)
         for w in (None, (2.0, 0.0), (0.0, 2.0))
     )
-    np.testing.assert_allclose((first[PATHS[0]] + last[PATHS[0]]) / 2, alike[PATHS[0]], rtol=1e-5, atol=1e-6)
-    assert not np.allclose(first[PATHS[0]], last[PATHS[0]], rtol=0.1)
-    np.testing.assert_array_equal(first[PATHS[1]], alike[PATHS[1]])
+    alike, first, last = ([found[path].second for path in PATHS[:2]] for found in (alike, first, last))
+    np.testing.assert_allclose((first[0] + last[0]) / 2, alike[0], rtol=1e-5, atol=1e-6)
+    assert not np.allclose(first[0], last[0], rtol=0.1)
+    np.testing.assert_array_equal(first[1], alike[1])
 
 
 def test_differences_are_the_moments_of_what_the_label_changes(teacher, seen):
     """At the share of the trace that was asked for; and nothing where labels change nothing."""
     path, share = "blocks/adaLN_modulation/1/kernel", 0.5
     how = dict(key=jax.random.key(3), images=2, num_steps=1)
-    plain = input_moments(tiny()[0], teacher, [path], **how)[path][0]
-    found = input_moments(tiny()[0], teacher, [path], differences={path: share}, **how)[path][0]
+    plain = input_moments(tiny()[0], teacher, [path], **how)[path].second[0]
+    found = input_moments(tiny()[0], teacher, [path], differences={path: share}, **how)[path].second[0]
     # One step of one trajectory starts with the noise and the labels of `seen`, at the first of its time steps.
     batch = seen[0]
     c = np.asarray(
@@ -97,25 +117,26 @@ def test_differences_are_the_moments_of_what_the_label_changes(teacher, seen):
     np.testing.assert_allclose(np.asarray(found - plain), wanted, rtol=1e-3, atol=1e-5 * wanted.max())
 
     same = {**teacher, "y_embedder": jax.tree.map(jnp.zeros_like, teacher["y_embedder"])}
-    nothing = [input_moments(tiny()[0], same, [path], differences=d, **how)[path] for d in ({}, {path: share})]
+    nothing = [input_moments(tiny()[0], same, [path], differences=d, **how)[path].second for d in ({}, {path: share})]
     np.testing.assert_array_equal(*nothing)
 
 
 def test_every_layer_is_reached_and_has_a_positive_semi_definite_moment(moments):
     assert list(moments) == PATHS
     for path, found in moments.items():
-        columns = 64 if "fc2" in path else 32
+        columns, found = 64 if "fc2" in path else 32, found.second
         assert found.shape == (2, columns, columns) and found.dtype == jnp.float32
         found = np.asarray(found, np.float64)
         np.testing.assert_allclose(found, found.swapaxes(1, 2), rtol=1e-6, atol=1e-6 * found.max())
         values = np.linalg.eigvalsh(found)
         assert (values[:, -1] > 1e-3).all() and (values[:, 0] > -1e-5 * values[:, -1]).all()
-    assert not np.allclose(moments[PATHS[0]][0], moments[PATHS[0]][1], rtol=0.1)
+    assert not np.allclose(*moments[PATHS[0]].second, rtol=0.1)
 
 
 def test_a_probe_does_not_change_the_network(teacher, seen):
     flat = flax.traverse_util.flatten_dict(teacher, sep="/")
-    flat |= {path: Probe(flat[path], jnp.zeros((2, *flat[path].shape[1:2] * 2))) for path in PATHS}
+    zeros = {path: jnp.zeros((2, flat[path].shape[1])) for path in PATHS}
+    flat |= {path: Probe(flat[path], jnp.einsum("bi,bj->bij", zero, zero), zero) for path, zero in zeros.items()}
     probed = flax.traverse_util.unflatten_dict(flat, sep="/")
     output, _ = jax.jit(NETWORK.apply)(probed, seen[0].x, seen[0].t, seen[0].y)
     wanted = np.asarray(seen[0].output)

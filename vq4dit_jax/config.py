@@ -6,7 +6,7 @@ from typing import Any
 
 import ml_collections
 
-from vq4dit_jax.calibration.recipe import LAYERWISE, Recipe
+from vq4dit_jax.calibration.recipe import FINE, LAYERWISE, Recipe
 from vq4dit_jax.errors import InputError
 from vq4dit_jax.quantization import BITS, KEEP, Rule, VQSpec, dit_rules
 from vq4dit_jax.sampling import SAMPLERS
@@ -99,6 +99,8 @@ def xl2(image_size: int, bits: float) -> ml_collections.ConfigDict:
     c.calibration.save_every = 100
     c.calibration.remat = True
     c.calibration.budget = 1.005
+    if bits >= 3:
+        c.calibration.update(FINE)
     c.calibration.allocation = "roles"  # blocks stay one stack: one scan, one launch for all of adaLN
     c.sample.num_images = 10_000
     c.sample.batch = 50

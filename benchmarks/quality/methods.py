@@ -87,7 +87,8 @@ def gptq(run: Pipeline, bits: float, group: int | None) -> Made:
         num_steps=c.trajectory_steps,
         cfg_scale=c.cfg_scale,
     )
-    made = baselines.gptq(teacher, moments, int(bits), group, other_dtype=run.config.quantize.other_dtype)
+    second = {path: found.second for path, found in moments.items()}
+    made = baselines.gptq(teacher, second, int(bits), group, other_dtype=run.config.quantize.other_dtype)
     return Made(made.params, made.sizes, {"quantize": time.perf_counter() - begun})
 
 

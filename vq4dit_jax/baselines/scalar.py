@@ -74,7 +74,7 @@ def gptq(
     rules: Sequence[quantization.Rule] = _WHICH,
     other_dtype: Any = jnp.float16,
 ) -> Uniform:
-    """GPTQ (`gptq`) with the moments of every quantized kernel's inputs (`calibration.moments.input_moments`).
+    """GPTQ (`gptq`) with the moments of every quantized kernel's inputs (`calibration.moments.InputMoments.second`).
 
     Other arguments and errors as in `rtn`, and InputError for moments that are missing, of a wrong shape or not finite.
     """

@@ -7,7 +7,7 @@ import dataclasses
 import itertools
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import flax.traverse_util
@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 
 from vq4dit_jax import diffusion, quantization, reporting
 from vq4dit_jax.calibration import allocate, lasting, losses, trajectory
-from vq4dit_jax.calibration.moments import input_moments
+from vq4dit_jax.calibration.moments import InputMoments, input_moments
 from vq4dit_jax.calibration.network import Network, as_network
 from vq4dit_jax.calibration.recipe import Recipe
 from vq4dit_jax.models import DiT
@@ -58,8 +58,9 @@ def start(recipe: Recipe, model: DiT | Network, params: Any, packed: Any, key: j
         weights={path: (1 + weights) / 2 if re.fullmatch(_CONDITIONING, path) else weights for path in paths},
         differences={path: _LABELS for path in paths if re.fullmatch(_CONDITIONING, path)},
     )
+    finished = lambda solved: restore(params, solved, moments) if recipe.gains else solved
     if recipe.allocation == "given":
-        return _solve_with_progress(params, packed, moments)
+        return finished(_solve_with_progress(params, packed, moments))
     # To compare layers with each other the first pass is enough.
     found = _solve_with_progress(params, packed, moments, feedbacks=1, rounds=1)
     size = quantization.sizes(packed)
@@ -78,7 +79,7 @@ def start(recipe: Recipe, model: DiT | Network, params: Any, packed: Any, key: j
         codebook_dtype=dtype,
         max_iterations=_LLOYD_ITERATIONS,
     )
-    return _solve_with_progress(params, _with_kept(fresh, packed), moments)
+    return finished(_solve_with_progress(params, _with_kept(fresh, packed), moments))
 
 
 def step_weights(network: Network, params: Any, *, key: jax.Array, images: int, cfg_scale: float) -> Float[Array, " N"]:
@@ -107,7 +108,7 @@ def _with_kept(fresh: Any, packed: Any) -> Any:
     )
 
 
-def _solve_with_progress(params: Any, packed: Any, moments: dict[str, Any], **passes: int) -> Any:
+def _solve_with_progress(params: Any, packed: Any, moments: dict[str, InputMoments], **passes: int) -> Any:
     with reporting.progress(sum(1 for _ in quantization.matrices(packed)), "layer by layer", "layer") as bar:
         return solve(params, packed, moments, lambda: bar.update(1), **passes)
 
@@ -118,34 +119,77 @@ def quantized_paths(packed: Any) -> list[str]:
 
 
 def solve(
-    params: Any, packed: Any, moments: dict[str, Any], on_layer: Callable[[], None] = lambda: None, **passes: int
+    params: Any,
+    packed: Any,
+    moments: dict[str, InputMoments],
+    on_layer: Callable[[], None] = lambda: None,
+    **passes: int,
 ) -> Any:
     """`packed` with every layer's codebook and assignments solved anew for the inputs that `moments` are of.
 
     Args:
       params: the teacher.
       packed: its `quantize`; shapes stay, and codebooks are where the search starts.
-      moments: path -> (*stack, I, I), see `input_moments`.
+      moments: by path, see `input_moments`.
       on_layer: is called after each layer.
       passes: `feedbacks` and `rounds` of `vq.layerwise.solve`.
     """
     weights = flax.traverse_util.flatten_dict(params, sep="/")
 
     def one(path: str, block: int | None, leaf: VQArray) -> tuple[np.ndarray, np.ndarray]:
-        kernel, moment = (a[path] if block is None else a[path][block] for a in (weights, moments))
+        kernel, moment = (_of_block(a, block) for a in (weights[path], moments[path].second))
         wide = [jnp.asarray(a, jnp.float32) for a in (kernel.T, moment, leaf.codebook)]
         codebook, codes, _ = layerwise.solve(wide[0], layerwise.condition(wide[1]), wide[2], **passes)
         on_layer()
         return np.asarray(codebook), np.asarray(codes)
 
-    solved = (one(*matrix) for matrix in quantization.matrices(packed))
+    return _again(packed, (one(*matrix) for matrix in quantization.matrices(packed)))
+
+
+def restore(params: Any, packed: Any, moments: dict[str, InputMoments]) -> Any:
+    """`packed` with codebooks and biases whose outputs have the teacher's scale and mean (`vq.layerwise.restored`).
+
+    Where a layer has no bias its mean stays. Codebooks of `_CONDITIONING` keep their scale: at one time step only the label
+    varies, which is represented worse than the time step, and a factor for the one would be too much for the other.
+    """
+    weights = flax.traverse_util.flatten_dict(params, sep="/")
+    leaves = flax.traverse_util.flatten_dict(packed, sep="/")
+    spreads = {path: found.spread() for path, found in moments.items()}
+    means = {path: found.mean() for path, found in moments.items()}
+    biases = {
+        bias: jnp.asarray(leaves[bias], jnp.float32)
+        for path in quantized_paths(packed)
+        if (bias := path.rpartition("/")[0] + "/bias") in leaves
+    }
+
+    def one(path: str, block: int | None, leaf: VQArray) -> tuple[np.ndarray, np.ndarray]:
+        kernel, spread, mean = (_of_block(a[path], block) for a in (weights, spreads, means))
+        codes, scale = leaf.codes(), not re.fullmatch(_CONDITIONING, path)
+        wide = [jnp.asarray(a, jnp.float32) for a in (kernel.T, spread, mean, leaf.codebook)]
+        codebook, shift = layerwise.restored(*wide, codes, scale=scale)
+        bias = path.rpartition("/")[0] + "/bias"
+        if bias in biases:
+            biases[bias] = biases[bias].at[... if block is None else block].add(shift)
+        return np.asarray(codebook), np.asarray(codes)
+
+    again = _again(packed, (one(*matrix) for matrix in quantization.matrices(packed)))
+    shifted = {path: bias.astype(leaves[path].dtype) for path, bias in biases.items()}
+    return flax.traverse_util.unflatten_dict(flax.traverse_util.flatten_dict(again, sep="/") | shifted, sep="/")
+
+
+def _of_block(stack: Any, block: int | None) -> Any:
+    return stack if block is None else stack[block]
+
+
+def _again(packed: Any, matrices: Iterator[tuple[np.ndarray, np.ndarray]]) -> Any:
+    """`packed` with the (codebook, codes) of `matrices`, which come in the order of `quantization.matrices`."""
 
     def again(leaf: Any) -> Any:
         if isinstance(leaf, tuple):
             return tuple(map(again, leaf))
         if not isinstance(leaf, VQArray):
             return leaf
-        codebooks, codes = zip(*itertools.islice(solved, math.prod(leaf.stack)), strict=True)
+        codebooks, codes = zip(*itertools.islice(matrices, math.prod(leaf.stack)), strict=True)
         codebook = jnp.asarray(np.stack(codebooks)).reshape(leaf.codebook.shape).astype(leaf.codebook.dtype)
         return from_codes(codebook, np.stack(codes).reshape(*leaf.stack, *codes[0].shape))
 

@@ -24,6 +24,8 @@ class Recipe:
         `Network` whose Linears go through `models.linear`.
       allocation: of the bits, with layerwise. "given": as `quantize` had them. "layers" or "roles": the same bits spread
         anew, over single layers or over roles (all qkv, all fc1, ...) by what their errors cost (`allocate`).
+      gains: with layerwise, every solved layer's codebook and bias then take the factor and the shift that give its outputs
+        the teacher's scale and mean (`vq.layerwise.restored`).
       budget: with an allocation, the bits that codes and codebooks may take in all, in units of the codes of `quantize`:
         2.1 bits a weight for 1.05 and K = 256, d = 4. (A small model's codebooks are more than a tenth of it.)
       steps: optimizer steps in all; one for each time step of the teacher's trajectories.
@@ -56,6 +58,7 @@ class Recipe:
 
     layerwise: bool = False
     allocation: str = "given"
+    gains: bool = False
     budget: float = 1.05
     steps: int = 500
     batch: int = 16
@@ -96,6 +99,8 @@ class Recipe:
             )
         if self.allocation != "given" and not self.layerwise:
             raise InputError(f"calibration.allocation={self.allocation!r}: wanted 'given' without layerwise=True")
+        if self.gains and not self.layerwise:
+            raise InputError("calibration.gains=True: wanted False without layerwise=True")
         if not 0 <= self.freeze_from <= self.freeze_by <= 1:
             raise InputError(
                 f"calibration.freeze_from={self.freeze_from}, freeze_by={self.freeze_by}: wanted 0 <= from <= by <= 1"
@@ -113,11 +118,15 @@ LAYERWISE = dict(
     optimizer="adam",
     decay=0.99,
 )
-"""The best there is for a DiT, and the configs' own."""
+"""The best there is for a DiT at 2 bits and less, and the configs' own."""
+
+FINE = dict(gains=True, learning_rate_codebooks=2e-6, learning_rate_biases=4e-6, learning_rate_tuned=4e-7)
+"""Beside `LAYERWISE`, the best at 3 bits and more: errors are smaller, and so must the steps be."""
 
 CANDIDATES = dict(
     layerwise=False,
     allocation="given",
+    gains=False,
     num_candidates=2,
     lambda_s=0.0,
     learning_rate_codebooks=3e-4,

@@ -15,6 +15,9 @@ k-means minimises it for H = I. Three steps do so for any H, none of them of mor
   fit_codebook   C for given A: linear least squares, by conjugate gradients
 
 `descend` and `fit_codebook` never raise e. With H = I they are the two halves of Lloyd's iteration.
+
+Weights that were rounded for the smallest e make the outputs fainter, by as much as e: at its minimum over a factor the error
+stands upright on C[A] x and not on W x. Layer upon layer that adds up to contrast. `restored` takes it back.
 """
 
 import functools
@@ -146,6 +149,20 @@ def solve(
     state = lax.fori_loop(0, feedbacks, fed_back, (codebook, nothing))
     codebook, codes = lax.fori_loop(0, rounds, descended, state)
     return codebook, codes, error(weight, moments, codebook, codes)
+
+
+def restored(
+    weight: Weight, spread: Moments, mean: Float[Array, " I"], codebook: Codebook, codes: Codes, *, scale: bool
+) -> tuple[Codebook, Float[Array, " O"]]:
+    """(g C, what to add to the bias): outputs that vary with the teacher's, on average, as far as they do, around its mean.
+
+    With S the covariance of x and g = tr(W S W^T) / tr(W S C[A]^T), the least-squares slope of g C[A] x on W x, all outputs
+    together, is 1. Without `scale`, or where the two have nothing in common, g = 1. The bias gets (W - g C[A]) E[x].
+    """
+    quantized = decode(codebook, codes)
+    wanted, found = ((weight @ spread) * weight).sum(), ((weight @ spread) * quantized).sum()
+    factor = jnp.where((found > 0) & scale, wanted / jnp.where(found > 0, found, 1.0), 1.0)
+    return factor * codebook, (weight - factor * quantized) @ mean
 
 
 def _diagonal_blocks(moments: Moments, d: int) -> tuple[Float[Array, "S d d"], Float[Array, "S d d"]]:
