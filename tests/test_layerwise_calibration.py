@@ -32,9 +32,9 @@ def calibrated(given, recipe, **changes):
 
 @pytest.fixture(scope="module")
 def by_layers(given, tmp_path_factory):
-    """A run with an allocation over layers, and its folder."""
+    """A run with an allocation over layers and gains, and its folder."""
     folder = tmp_path_factory.mktemp("layers")
-    recipe = dataclasses.replace(RECIPE, allocation="layers", budget=3.0)
+    recipe = dataclasses.replace(RECIPE, allocation="layers", budget=3.0, gains=True)
     return recipe, calibrated(given, recipe, folder=folder, save_every=1), folder
 
 

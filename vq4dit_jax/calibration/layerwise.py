@@ -27,14 +27,14 @@ from vq4dit_jax.vq import VQArray, from_codes, layerwise
 _MOMENTS, _SHARES, _KMEANS, _WEIGHTS = range(4)
 """Streams of the key."""
 _MOMENT_STEPS = 25
-_CONDITIONING = ".*adaLN.*"
+CONDITIONING = ".*adaLN.*"
 """Kernels that read time and class alone. Each time step has a few inputs of its own and must be right; and what the class
 changes in them is a small part of their energy, and all that guidance has."""
 _LABELS = 0.5
 """`differences` of their moments."""
 _ALIKE = 0.25
 """The share of moments in which every time step counts alike; the rest is for what an error leaves in the image. Of the
-moments of `_CONDITIONING` one half more counts alike."""
+moments of `CONDITIONING` one half more counts alike."""
 _LLOYD_ITERATIONS = 10
 """Of a codebook that an allocation asked for: `solve` goes on from there."""
 
@@ -55,8 +55,8 @@ def start(recipe: Recipe, model: DiT | Network, params: Any, packed: Any, key: j
         images=recipe.batch,
         num_steps=_MOMENT_STEPS,
         cfg_scale=recipe.cfg_scale,
-        weights={path: (1 + weights) / 2 if re.fullmatch(_CONDITIONING, path) else weights for path in paths},
-        differences={path: _LABELS for path in paths if re.fullmatch(_CONDITIONING, path)},
+        weights={path: (1 + weights) / 2 if re.fullmatch(CONDITIONING, path) else weights for path in paths},
+        differences={path: _LABELS for path in paths if re.fullmatch(CONDITIONING, path)},
     )
     finished = lambda solved: restore(params, solved, moments) if recipe.gains else solved
     if recipe.allocation == "given":
@@ -149,7 +149,7 @@ def solve(
 def restore(params: Any, packed: Any, moments: dict[str, InputMoments]) -> Any:
     """`packed` with codebooks and biases whose outputs have the teacher's scale and mean (`vq.layerwise.restored`).
 
-    Where a layer has no bias its mean stays. Codebooks of `_CONDITIONING` keep their scale: at one time step only the label
+    Where a layer has no bias its mean stays. Codebooks of `CONDITIONING` keep their scale: at one time step only the label
     varies, which is represented worse than the time step, and a factor for the one would be too much for the other.
     """
     weights = flax.traverse_util.flatten_dict(params, sep="/")
@@ -164,7 +164,7 @@ def restore(params: Any, packed: Any, moments: dict[str, InputMoments]) -> Any:
 
     def one(path: str, block: int | None, leaf: VQArray) -> tuple[np.ndarray, np.ndarray]:
         kernel, spread, mean = (_of_block(a[path], block) for a in (weights, spreads, means))
-        codes, scale = leaf.codes(), not re.fullmatch(_CONDITIONING, path)
+        codes, scale = leaf.codes(), not re.fullmatch(CONDITIONING, path)
         wide = [jnp.asarray(a, jnp.float32) for a in (kernel.T, spread, mean, leaf.codebook)]
         codebook, shift = layerwise.restored(*wide, codes, scale=scale)
         bias = path.rpartition("/")[0] + "/bias"

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vq4dit_jax import checkpoint, diffusion, files, reporting
-from vq4dit_jax.calibration import layerwise, optimize, trajectory, variance
+from vq4dit_jax.calibration import contrast, layerwise, optimize, trajectory, variance
 from vq4dit_jax.calibration.network import Network, as_network, check
 from vq4dit_jax.calibration.recipe import LAYERWISE, Recipe
 from vq4dit_jax.errors import InputError
@@ -22,7 +22,7 @@ from vq4dit_jax.models import DiT
 from vq4dit_jax.vq import VQArray, soften
 
 _HISTOGRAM_EVERY = 25
-_LAYERWISE, _VARIANCE = 1 << 31, (1 << 31) + 1
+_LAYERWISE, _VARIANCE, _CONTRAST = ((1 << 31) + i for i in range(3))
 """Folded into the key for what comes before and after the steps; trajectories fold their numbers."""
 
 
@@ -119,10 +119,13 @@ def calibrate(
     def finish(state):
         hard = optimize.finalize(student, state)
         hard = jax.tree.map(lambda new, old: new.astype(old.dtype), hard, packed)
+        sampler = dict(num_steps=recipe.trajectory_steps, cfg_scale=recipe.cfg_scale)
+        if recipe.gains:
+            hard = contrast.fit(network, params, hard, key=jax.random.fold_in(key, _CONTRAST), **sampler)
         if not variance.is_wanted(recipe, model, state.trainable.kept):
             return hard
-        how = dict(images=recipe.batch, num_steps=recipe.trajectory_steps, cfg_scale=recipe.cfg_scale)
-        return variance.fit(model, params, hard, key=jax.random.fold_in(key, _VARIANCE), **how)
+        key_of_variance = jax.random.fold_in(key, _VARIANCE)
+        return variance.fit(model, params, hard, key=key_of_variance, images=recipe.batch, **sampler)
 
     step, hard = jax.jit(step, donate_argnums=(0, 1)), None
     # The step gives its state away, so the state may share no buffer with the student.

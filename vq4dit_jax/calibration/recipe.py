@@ -24,8 +24,9 @@ class Recipe:
         `Network` whose Linears go through `models.linear`.
       allocation: of the bits, with layerwise. "given": as `quantize` had them. "layers" or "roles": the same bits spread
         anew, over single layers or over roles (all qkv, all fc1, ...) by what their errors cost (`allocate`).
-      gains: with layerwise, every solved layer's codebook and bias then take the factor and the shift that give its outputs
-        the teacher's scale and mean (`vq.layerwise.restored`).
+      gains: with layerwise, every solved layer's codebook and bias take the factor and the shift that give its outputs the
+        teacher's scale and mean (`vq.layerwise.restored`); and after the steps all blocks take one more factor, that gives
+        images the teacher's contrast (`contrast`).
       budget: with an allocation, the bits that codes and codebooks may take in all, in units of the codes of `quantize`:
         2.1 bits a weight for 1.05 and K = 256, d = 4. (A small model's codebooks are more than a tenth of it.)
       steps: optimizer steps in all; one for each time step of the teacher's trajectories.
