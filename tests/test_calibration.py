@@ -138,6 +138,26 @@ def test_update_trains_nothing_else(quantized):
         assert a is b
 
 
+def test_where_nothing_is_chosen_codebooks_move_as_with_logits_that_are_frozen(quantized):
+    """n = 1 beside n = 2 with its first candidates frozen: the same model, and the same step."""
+    one, two = (dataclasses.replace(RECIPE, num_candidates=n, ratio_start="uniform") for n in (1, 2))
+    _, _, found, metrics = _one_update(quantized, one)
+    before = calibration.init(two, calibration.make_student(two, *quantized[1:]))
+    logits = {path: z.at[..., 0, :, :].set(1.0) for path, z in before.trainable.logits.items()}
+    before = dataclasses.replace(
+        before,
+        trainable=before.trainable._replace(logits=logits),
+        frozen={path: jnp.ones_like(mask) for path, mask in before.frozen.items()},
+    )
+    _, _, wanted, _ = _one_update(quantized, two, before)
+    assert not found.trainable.logits and not found.frozen
+    assert float(metrics["frozen_fraction"]) == 1 and int(metrics["ratio_histogram"][-1]) > 0
+    for path, codebook in found.trainable.codebooks.items():
+        steps, same = (np.asarray(tree.trainable.codebooks[path] - codebook) for tree in (before, wanted))
+        assert np.median(np.abs(steps)) > 1e-4
+        assert (np.abs(same) < 1e-6).mean() > 0.99  # the first step is one by sign, and a gradient near 0 has either
+
+
 def test_ratios_past_the_threshold_are_frozen_and_stay_so(quantized):
     recipe = dataclasses.replace(RECIPE, freeze_threshold=0.7)
     _, _, after, metrics = _one_update(quantized, recipe)

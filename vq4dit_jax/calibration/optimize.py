@@ -33,7 +33,10 @@ _FROZEN_ENOUGH = 0.99
 
 
 class Trainable(NamedTuple):
-    """What the optimizer moves; the field names are its labels. Keys are '/'-joined paths."""
+    """What the optimizer moves; the field names are its labels. Keys are '/'-joined paths.
+
+    A leaf of one candidate has no choice, and hence no logits here: their gradients would cost a gather over all its weights.
+    """
 
     logits: dict[str, Float[Array, "*stack n O S"]]
     codebooks: dict[str, Float[Array, "*stack G K d"]]
@@ -47,7 +50,7 @@ class State:
     """All that changes from step to step; what resumes a run, with the trajectory beside it."""
 
     trainable: Any  # Trainable
-    frozen: Any  # path -> bool (*stack, O, S)
+    frozen: Any  # path -> bool (*stack, O, S), where there are logits
     optimizer: Any
     regularizer_floor: Any  # float32 (); minimum of the released regularizer in this trajectory
     step: Any  # int32 ()
@@ -112,8 +115,9 @@ def init(recipe: Recipe, student: Any) -> State:
     biases = {
         f"{layer}/bias": jnp.asarray(flat[f"{layer}/bias"], jnp.float32) for layer in layers if f"{layer}/bias" in flat
     }
+    choosing = {path: leaf for path, leaf in soft.items() if leaf.num_candidates > 1}
     trainable = Trainable(
-        {path: leaf.logits for path, leaf in soft.items()},
+        {path: leaf.logits for path, leaf in choosing.items()},
         {path: leaf.codebook for path, leaf in soft.items()},
         biases,
         {
@@ -124,7 +128,7 @@ def init(recipe: Recipe, student: Any) -> State:
     )
     return State(
         trainable,
-        {path: leaf.frozen for path, leaf in soft.items()},
+        {path: leaf.frozen for path, leaf in choosing.items()},
         _optimizer(recipe).init(trainable),
         jnp.float32(jnp.inf),
         jnp.int32(0),
@@ -139,10 +143,10 @@ def merge(student: Any, state: State) -> dict[str, Any]:
 def _merge(student: Any, trainable: Trainable, frozen: dict[str, Array]) -> dict[str, Any]:
     flat = dict(_flatten(student))
     flat.update(trainable.biases | trainable.kept)
+    for path, codebook in trainable.codebooks.items():
+        flat[path] = dataclasses.replace(flat[path], codebook=codebook)
     for path, logits in trainable.logits.items():
-        flat[path] = dataclasses.replace(
-            flat[path], codebook=trainable.codebooks[path], logits=logits, frozen=frozen[path]
-        )
+        flat[path] = dataclasses.replace(flat[path], logits=logits, frozen=frozen[path])
     return _unflatten(flat)
 
 
@@ -184,7 +188,8 @@ def update(
     if recipe.codebook_training == "after_freezing":
         grads = grads._replace(
             codebooks={
-                path: jnp.where(_settled(state.frozen[path], g.ndim), g, 0) for path, g in grads.codebooks.items()
+                path: jnp.where(_settled(state.frozen[path], g.ndim), g, 0) if path in state.frozen else g
+                for path, g in grads.codebooks.items()
             }
         )
     with jax.numpy_dtype_promotion("standard"):  # optax's Adam raises a float to an integer power
@@ -192,21 +197,23 @@ def update(
     trainable = optax.apply_updates(state.trainable, updates)
 
     threshold = _threshold(recipe, state.step)
-    frozen, histogram = {}, jnp.zeros(20, jnp.int32)
+    leaves = _flatten(student)
+    fixed = sum(leaves[path].frozen.size for path in trainable.codebooks if path not in state.frozen)
+    frozen, histogram = {}, jnp.zeros(20, jnp.int32).at[-1].set(fixed)
     for path, mask in state.frozen.items():
         axis = mask.ndim - 2
         ratios = jax.nn.softmax(trainable.logits[path], axis)
         frozen[path] = mask | (ratios.max(axis) >= threshold)
         first = ratios.take(0, axis).reshape(-1)
         histogram += jnp.histogram(first, bins=20, range=(0.0, 1.0))[0].astype(jnp.int32)
-    count = sum(mask.size for mask in frozen.values())
+    settled = sum((mask.sum(dtype=jnp.float32) for mask in frozen.values()), jnp.float32(fixed))
     metrics = {
         "loss": loss,
         "l_d": l_d,
         "l_s": l_s,
         "l_c": l_c,
         "l_r": l_r,
-        "frozen_fraction": sum(mask.sum(dtype=jnp.float32) for mask in frozen.values()) / count,
+        "frozen_fraction": settled / (fixed + sum(mask.size for mask in frozen.values())),
         "ratio_histogram": histogram,
     }
     return State(trainable, frozen, optimizer, jnp.minimum(floor, l_r), state.step + 1), metrics

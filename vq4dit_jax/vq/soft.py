@@ -31,8 +31,14 @@ class SoftVQArray:
     frozen: Any
     shape: tuple[int, int] = dataclasses.field(metadata={"static": True})
 
+    @property
+    def num_candidates(self) -> int:
+        return self.candidates.shape[-3]
+
     def ratios(self) -> Float[Array, "*stack n O S"]:
         """r, exactly one-hot where frozen."""
+        if self.num_candidates == 1:
+            return jnp.ones_like(self.logits)
         axis = self.logits.ndim - 3
         hard = jax.nn.one_hot(self.logits.argmax(axis), self.logits.shape[axis], axis=axis, dtype=self.logits.dtype)
         return jnp.where(jnp.expand_dims(self.frozen, axis), hard, jax.nn.softmax(self.logits, axis))
