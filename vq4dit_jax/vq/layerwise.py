@@ -151,6 +151,7 @@ def solve(
     return codebook, codes, error(weight, moments, codebook, codes)
 
 
+@functools.partial(jax.jit, static_argnames="scale")
 def restored(
     weight: Weight, spread: Moments, mean: Float[Array, " I"], codebook: Codebook, codes: Codes, *, scale: bool
 ) -> tuple[Codebook, Float[Array, " O"]]:
