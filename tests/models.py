@@ -12,6 +12,7 @@ from vq4dit_jax.quantization import random_params
 SOFT = (
     "--config.calibration.layerwise=False",
     "--config.calibration.allocation=given",
+    "--config.calibration.gains=False",
     "--config.calibration.num_candidates=2",
 )
 """Flags of a run whose layers are not solved: that takes minutes. test_layerwise_calibration does it to a small model."""

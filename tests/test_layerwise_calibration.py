@@ -101,7 +101,7 @@ def decoded(tree, path, block):
 
 
 def test_gains_need_solved_layers():
-    with pytest.raises(InputError, match="gains=True: wanted False without layerwise"):
+    with pytest.raises(InputError, match="gains=True without layerwise=True: .* wanted False, or layerwise=True"):
         Recipe(gains=True)
 
 

@@ -101,7 +101,9 @@ class Recipe:
         if self.allocation != "given" and not self.layerwise:
             raise InputError(f"calibration.allocation={self.allocation!r}: wanted 'given' without layerwise=True")
         if self.gains and not self.layerwise:
-            raise InputError("calibration.gains=True: wanted False without layerwise=True")
+            raise InputError(
+                "calibration.gains=True without layerwise=True: gains are those of solved layers; wanted False, or layerwise=True"
+            )
         if not 0 <= self.freeze_from <= self.freeze_by <= 1:
             raise InputError(
                 f"calibration.freeze_from={self.freeze_from}, freeze_by={self.freeze_by}: wanted 0 <= from <= by <= 1"
