@@ -8,16 +8,15 @@ Costs: on two CPU cores that have nothing else to do, 25 minutes of sampling a r
 
 from benchmarks.quality.rows import Row, Table
 from vq4dit_jax.baselines import codebook_only, dkm
-from vq4dit_jax.calibration import FINE
 from vq4dit_jax.config import cifar10
 
 OURS = "configs/cifar10_w2.py"
+OURS_FINE = "configs/cifar10_w3.py"
 PAPER = "configs/paper/cifar10_w2.py"
 RELEASED = "configs/released/cifar10_w2.py"
 PQF = {f"calibration.{name}": value for name, value in codebook_only.RECIPE.items()}
 DKM = {f"calibration.{name}": value for name, value in dkm.RECIPE.items()}
 SHORTER = {"calibration.steps": 325}
-OURS_FINE = {f"calibration.{name}": value for name, value in FINE.items()}
 
 
 def get_config() -> Table:
@@ -39,14 +38,7 @@ def get_config() -> Table:
     rows += [Row(f"released_w{b}", "VQ4DiT, released code's form", "vq4dit", b, config=RELEASED) for b in (3, 2)]
     rows += [Row("paper_w2", "VQ4DiT, paper's form", "vq4dit", 2, config=PAPER)]
     rows += [
-        Row(
-            f"ours_w{b:g}".replace(".", "p"),
-            "ours",
-            "vq4dit",
-            b,
-            config=OURS,
-            overrides=SHORTER | (OURS_FINE if b >= 3 else {}),
-        )
-        for b in (4, 3, 2, 1.5, 1)
+        Row(f"ours_w{b:g}".replace(".", "p"), "ours", "vq4dit", b, config=config, overrides=SHORTER)
+        for b, config in ((4, OURS_FINE), (3, OURS_FINE), (2, OURS), (1.5, OURS), (1, OURS))
     ]
     return Table(base.lock(), tuple(rows))

@@ -68,12 +68,13 @@ def fit(
 
     wanted = fine_octaves(teacher)
     paths = [path for path in quantized_paths(student) if not re.fullmatch(CONDITIONING, path)]
+    # Dense like the teacher, so that all three runs are one program.
+    dense = jax.tree.map(lambda a: a.astype(jnp.float32), quantization.dequantize(student, jnp.float32))
+    flat = flax.traverse_util.flatten_dict(dense, sep="/")
 
     def contrast(factor: float) -> float:
-        dense = jax.tree.map(lambda a: a.astype(jnp.float32), quantization.dequantize(student, jnp.float32))
-        flat = flax.traverse_util.flatten_dict(dense, sep="/")
-        flat |= {path: factor * flat[path] for path in paths}
-        found = fine_octaves(flax.traverse_util.unflatten_dict(flat, sep="/"))
+        louder = flat | {path: factor * flat[path] for path in paths}
+        found = fine_octaves(flax.traverse_util.unflatten_dict(louder, sep="/"))
         return float(jnp.stack([slope(a, b) for a, b in zip(found, wanted, strict=True)]).mean())
 
     now, then = contrast(1.0), contrast(1.0 + _PROBE)
@@ -91,11 +92,11 @@ def scaled(packed: Any, paths: list[str], factor: float) -> dict[str, Any]:
     """`packed` with the codebooks at `paths` times `factor`, in the types that they have."""
 
     def one(leaf: Any) -> Any:
-        if isinstance(leaf, tuple):
-            return tuple(map(one, leaf))
         if not isinstance(leaf, VQArray):
             return leaf
         return leaf.with_codebook((factor * leaf.codebook.astype(jnp.float32)).astype(leaf.codebook.dtype))
 
     flat = flax.traverse_util.flatten_dict(packed, sep="/")
-    return flax.traverse_util.unflatten_dict(flat | {path: one(flat[path]) for path in paths}, sep="/")
+    return flax.traverse_util.unflatten_dict(
+        flat | {path: quantization.map_leaves(one, flat[path]) for path in paths}, sep="/"
+    )

@@ -137,7 +137,7 @@ def solve(
     weights = flax.traverse_util.flatten_dict(params, sep="/")
 
     def one(path: str, block: int | None, leaf: VQArray) -> tuple[np.ndarray, np.ndarray]:
-        kernel, moment = (_of_block(a, block) for a in (weights[path], moments[path].second))
+        kernel, moment = _of_block(weights[path], block), moments[path].of_block(block).second
         wide = [jnp.asarray(a, jnp.float32) for a in (kernel.T, moment, leaf.codebook)]
         codebook, codes, _ = layerwise.solve(wide[0], layerwise.condition(wide[1]), wide[2], **passes)
         on_layer()
@@ -154,21 +154,15 @@ def restore(params: Any, packed: Any, moments: dict[str, InputMoments]) -> Any:
     """
     weights = flax.traverse_util.flatten_dict(params, sep="/")
     leaves = flax.traverse_util.flatten_dict(packed, sep="/")
-    spreads = {path: found.spread() for path, found in moments.items()}
-    means = {path: found.mean() for path, found in moments.items()}
-    biases = {
-        bias: jnp.asarray(leaves[bias], jnp.float32)
-        for path in quantized_paths(packed)
-        if (bias := path.rpartition("/")[0] + "/bias") in leaves
-    }
+    bias_of = {path: path.rpartition("/")[0] + "/bias" for path in quantized_paths(packed)}
+    biases = {bias: jnp.asarray(leaves[bias], jnp.float32) for bias in bias_of.values() if bias in leaves}
 
     def one(path: str, block: int | None, leaf: VQArray) -> tuple[np.ndarray, np.ndarray]:
-        kernel, spread, mean = (_of_block(a[path], block) for a in (weights, spreads, means))
+        kernel, found = _of_block(weights[path], block), moments[path].of_block(block)
         codes, scale = leaf.codes(), not re.fullmatch(CONDITIONING, path)
-        wide = [jnp.asarray(a, jnp.float32) for a in (kernel.T, spread, mean, leaf.codebook)]
+        wide = [jnp.asarray(a, jnp.float32) for a in (kernel.T, found.spread(), found.mean(), leaf.codebook)]
         codebook, shift = layerwise.restored(*wide, codes, scale=scale)
-        bias = path.rpartition("/")[0] + "/bias"
-        if bias in biases:
+        if (bias := bias_of[path]) in biases:
             biases[bias] = biases[bias].at[... if block is None else block].add(shift)
         return np.asarray(codebook), np.asarray(codes)
 
@@ -185,8 +179,6 @@ def _again(packed: Any, matrices: Iterator[tuple[np.ndarray, np.ndarray]]) -> An
     """`packed` with the (codebook, codes) of `matrices`, which come in the order of `quantization.matrices`."""
 
     def again(leaf: Any) -> Any:
-        if isinstance(leaf, tuple):
-            return tuple(map(again, leaf))
         if not isinstance(leaf, VQArray):
             return leaf
         codebooks, codes = zip(*itertools.islice(matrices, math.prod(leaf.stack)), strict=True)
@@ -194,4 +186,6 @@ def _again(packed: Any, matrices: Iterator[tuple[np.ndarray, np.ndarray]]) -> An
         return from_codes(codebook, np.stack(codes).reshape(*leaf.stack, *codes[0].shape))
 
     leaves = flax.traverse_util.flatten_dict(packed, sep="/")
-    return flax.traverse_util.unflatten_dict({path: again(leaf) for path, leaf in leaves.items()}, sep="/")
+    return flax.traverse_util.unflatten_dict(
+        {path: quantization.map_leaves(again, leaf) for path, leaf in leaves.items()}, sep="/"
+    )

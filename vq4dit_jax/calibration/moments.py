@@ -40,6 +40,10 @@ class InputMoments(NamedTuple):
     means: Float[Array, "N *stack I"]
     weights: Float[Array, " N"]
 
+    def of_block(self, block: int | None) -> "InputMoments":
+        """Those of one matrix of the stack; of a kernel without a stack (None), themselves."""
+        return self if block is None else InputMoments(self.second[block], self.means[:, block], self.weights)
+
     def mean(self) -> Float[Array, "*stack I"]:
         """E[x] over all time steps."""
         return jnp.tensordot(self.weights, self.means, 1) / len(self.weights)

@@ -206,14 +206,14 @@ def update(
         frozen[path] = mask | (ratios.max(axis) >= threshold)
         first = ratios.take(0, axis).reshape(-1)
         histogram += jnp.histogram(first, bins=20, range=(0.0, 1.0))[0].astype(jnp.int32)
-    settled = sum((mask.sum(dtype=jnp.float32) for mask in frozen.values()), jnp.float32(fixed))
+    decided = sum((mask.sum(dtype=jnp.float32) for mask in frozen.values()), jnp.float32(fixed))
     metrics = {
         "loss": loss,
         "l_d": l_d,
         "l_s": l_s,
         "l_c": l_c,
         "l_r": l_r,
-        "frozen_fraction": settled / (fixed + sum(mask.size for mask in frozen.values())),
+        "frozen_fraction": decided / (fixed + sum(mask.size for mask in frozen.values())),
         "ratio_histogram": histogram,
     }
     return State(trainable, frozen, optimizer, jnp.minimum(floor, l_r), state.step + 1), metrics
