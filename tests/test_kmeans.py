@@ -4,6 +4,7 @@ import functools
 import sys
 
 import faiss
+import hypothesis.extra.numpy as hnp
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from sklearn.cluster import KMeans as SklearnKMeans
 
 from vq4dit_jax.errors import InputError
 from vq4dit_jax.vq import kmeans, kmeans_faiss, kmeans_jax, nearest_codewords
+from vq4dit_jax.vq.first_smallest import first_smallest
 
 # `vq4dit_jax.vq.kmeans` as an attribute is the function.
 kmeans_module = sys.modules["vq4dit_jax.vq.kmeans"]
@@ -47,6 +49,13 @@ def problems(draw) -> tuple[np.ndarray, int]:
         "constant": lambda: np.full((size, length), rng.standard_normal()),
     }[kind]()
     return points.astype(np.float32), num_codewords
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@given(values=hnp.arrays(np.float32, (5, 7), elements=st.sampled_from([-np.inf, -1, 0, 0.5, np.inf])))
+def test_the_first_of_the_smallest_is_argmin(axis, values):
+    found = first_smallest(jnp.asarray(values), axis=axis)
+    np.testing.assert_array_equal(np.asarray(found), values.argmin(axis))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -11,6 +11,7 @@ from models import tiny
 
 from vq4dit_jax import calibration, checkpoint, diffusion
 from vq4dit_jax.calibration import LAYERWISE, Recipe, layerwise, losses
+from vq4dit_jax.calibration.moments import input_moments
 from vq4dit_jax.errors import InputError
 from vq4dit_jax.quantization import matrices, quantize, sizes
 from vq4dit_jax.vq import VQArray
@@ -44,6 +45,15 @@ def test_solved_layers_are_much_nearer_to_the_teacher_than_k_means(given):
     assert sizes(hard) == sizes(packed)
     found = calibration.held_out_agreement(model, teacher, {"kmeans": packed, "hard": hard}, 1.5, jax.random.key(9))
     assert found["hard"][0] < 0.75 * found["kmeans"][0] and found["hard"][1] < 0.9 * found["kmeans"][1]
+
+
+def test_layers_solved_side_by_side_are_those_solved_one_by_one(given, monkeypatch):
+    _, teacher, packed = given
+    paths = layerwise.quantized_paths(packed)
+    moments = input_moments(*given[:2], paths, key=jax.random.key(2), images=2, num_steps=2)
+    several = layerwise.solve(teacher, packed, moments, rounds=1)
+    monkeypatch.setattr(layerwise, "_AT_ONCE", 1)
+    jax.tree.map(np.testing.assert_array_equal, several, layerwise.solve(teacher, packed, moments, rounds=1))
 
 
 def test_an_allocation_keeps_the_budget_and_what_is_not_quantized(given, by_layers):

@@ -175,7 +175,8 @@ def quantize(
         leaf_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
         leaves = []
         for part in parts:
-            kernel = flat[path] if part.start is None else flat[path][part.start : part.stop]
+            whole = flat[path] if part.spec is None else np.asarray(flat[path])
+            kernel = whole if part.start is None else whole[part.start : part.stop]
             if part.spec is None:
                 leaves.append(kernel)
                 continue
@@ -187,15 +188,15 @@ def quantize(
     return flax.traverse_util.unflatten_dict(out, sep="/")
 
 
-def _quantize_kernel(kernel: jax.Array, part: Part, key: jax.Array, dtype: Any, max_iterations: int) -> VQArray:
+def _quantize_kernel(kernel: np.ndarray, part: Part, key: jax.Array, dtype: Any, max_iterations: int) -> VQArray:
     spec = part.spec
-    weight = np.asarray(jnp.swapaxes(jnp.asarray(kernel, jnp.float32), -1, -2))
+    weight = np.swapaxes(np.asarray(kernel, np.float32), -1, -2)
     *stack, rows, columns = weight.shape
     if not np.isfinite(weight).all():
         raise InputError(f"parameter {part.path} holds NaN or infinity; the checkpoint is damaged")
     problems = weight.reshape(math.prod(stack) * spec.groups, -1, spec.subvector)
     result = kmeans(problems, spec.codewords, key, max_iterations=max_iterations)
-    codebook = jnp.asarray(result.codebook).astype(dtype)
+    codebook = jnp.asarray(result.codebook, dtype)
     codes = np.asarray(result.assignments).reshape(*stack, rows, columns // spec.subvector)
     return from_codes(codebook.reshape(*stack, spec.groups, spec.codewords, spec.subvector), codes)
 
@@ -207,16 +208,17 @@ def map_leaves(fn: Callable[..., Any], tree: Any, *rest: Any) -> Any:
 
 def matrices(packed: Params) -> Iterator[tuple[str, int | None, VQArray]]:
     """(path of the leaf, number of the block, the matrix without stack axes) of every quantized matrix, in order; the block is
-    None for a leaf that is no stack."""
+    None for a leaf that is no stack. Arrays are on the host, where cutting a stack compiles no program."""
     for path, leaf in _flatten(packed).items():
         parts, start = leaf if isinstance(leaf, tuple) else (leaf,), 0
         for part in parts:
             length = jax.tree.leaves(part)[0].shape[0]
-            if isinstance(part, VQArray) and not part.stack:
-                yield path, None, part
-            elif isinstance(part, VQArray):
-                for i in range(length):
-                    yield path, start + i, jax.tree.map(lambda a, i=i: a[i], part)
+            if isinstance(part, VQArray):
+                host = jax.tree.map(np.asarray, part)
+                if part.stack:
+                    yield from ((path, start + i, jax.tree.map(lambda a, i=i: a[i], host)) for i in range(length))
+                else:
+                    yield path, None, host
             start += length
 
 

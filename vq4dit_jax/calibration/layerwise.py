@@ -3,6 +3,7 @@
 The mathematics, for one layer, is in `vq.layerwise`; here it is done to a tree.
 """
 
+import concurrent.futures
 import dataclasses
 import itertools
 import math
@@ -14,7 +15,7 @@ import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from vq4dit_jax import diffusion, quantization, reporting
 from vq4dit_jax.calibration import allocate, lasting, losses, trajectory
@@ -37,6 +38,8 @@ _ALIKE = 0.25
 moments of `CONDITIONING` one half more counts alike."""
 _LLOYD_ITERATIONS = 10
 """Of a codebook that an allocation asked for: `solve` goes on from there."""
+_AT_ONCE = 4
+"""Layers that are solved side by side."""
 
 
 def start(recipe: Recipe, model: DiT | Network, params: Any, packed: Any, key: jax.Array) -> Any:
@@ -123,7 +126,8 @@ def solve(
     packed: Any,
     moments: dict[str, InputMoments],
     on_layer: Callable[[], None] = lambda: None,
-    **passes: int,
+    feedbacks: int = layerwise.FEEDBACKS,
+    rounds: int = layerwise.ROUNDS,
 ) -> Any:
     """`packed` with every layer's codebook and assignments solved anew for the inputs that `moments` are of.
 
@@ -132,18 +136,38 @@ def solve(
       packed: its `quantize`; shapes stay, and codebooks are where the search starts.
       moments: by path, see `input_moments`.
       on_layer: is called after each layer.
-      passes: `feedbacks` and `rounds` of `vq.layerwise.solve`.
+      feedbacks, rounds: of `vq.layerwise.solve`.
     """
     weights = flax.traverse_util.flatten_dict(params, sep="/")
 
-    def one(path: str, block: int | None, leaf: VQArray) -> tuple[np.ndarray, np.ndarray]:
-        kernel, moment = _of_block(weights[path], block), moments[path].of_block(block).second
-        wide = [jnp.asarray(a, jnp.float32) for a in (kernel.T, moment, leaf.codebook)]
-        codebook, codes, _ = layerwise.solve(wide[0], layerwise.condition(wide[1]), wide[2], **passes)
-        on_layer()
-        return np.asarray(codebook), np.asarray(codes)
+    def one(matrix: tuple[str, int | None, VQArray]) -> tuple[np.ndarray, np.ndarray]:
+        path, block, leaf = matrix
+        codebook = np.asarray(leaf.codebook, np.float32)
+        found = _solve_block(weights[path], moments[path].second, codebook, block, feedbacks, rounds)
+        return tuple(map(np.asarray, found))
 
-    return _again(packed, (one(*matrix) for matrix in quantization.matrices(packed)))
+    solved = []
+    # A program is compiled, and mostly runs, on one core.
+    with concurrent.futures.ThreadPoolExecutor(_AT_ONCE) as pool:
+        for found in pool.map(one, quantization.matrices(packed)):
+            solved.append(found)
+            on_layer()
+    return _again(packed, iter(solved))
+
+
+@jax.jit
+def _solve_block(
+    kernel: Float[Array, "*stack I O"],
+    second: Float[Array, "*stack I I"],
+    codebook: Float[Array, "G K d"],
+    block: layerwise.Count | None,
+    feedbacks: layerwise.Count,
+    rounds: layerwise.Count,
+) -> tuple[Float[Array, "G K d"], Int[Array, "O S"]]:
+    """One program for all blocks, from the stack to the codes."""
+    weight = _of_block(kernel, block).T.astype(jnp.float32)
+    moments = layerwise.condition(_of_block(second, block))
+    return layerwise.solve(weight, moments, codebook, feedbacks=feedbacks, rounds=rounds)[:2]
 
 
 def restore(params: Any, packed: Any, moments: dict[str, InputMoments]) -> Any:
@@ -171,7 +195,7 @@ def restore(params: Any, packed: Any, moments: dict[str, InputMoments]) -> Any:
     return flax.traverse_util.unflatten_dict(flax.traverse_util.flatten_dict(again, sep="/") | shifted, sep="/")
 
 
-def _of_block(stack: Any, block: int | None) -> Any:
+def _of_block(stack: Any, block: layerwise.Count | None) -> Any:
     return stack if block is None else stack[block]
 
 
@@ -182,8 +206,8 @@ def _again(packed: Any, matrices: Iterator[tuple[np.ndarray, np.ndarray]]) -> An
         if not isinstance(leaf, VQArray):
             return leaf
         codebooks, codes = zip(*itertools.islice(matrices, math.prod(leaf.stack)), strict=True)
-        codebook = jnp.asarray(np.stack(codebooks)).reshape(leaf.codebook.shape).astype(leaf.codebook.dtype)
-        return from_codes(codebook, np.stack(codes).reshape(*leaf.stack, *codes[0].shape))
+        codebook = np.stack(codebooks).reshape(leaf.codebook.shape).astype(leaf.codebook.dtype)
+        return from_codes(jnp.asarray(codebook), np.stack(codes).reshape(*leaf.stack, *codes[0].shape))
 
     leaves = flax.traverse_util.flatten_dict(packed, sep="/")
     return flax.traverse_util.unflatten_dict(

@@ -62,7 +62,7 @@ class VQArray:
     def codes(self) -> jax.Array:
         """Assignments as int32 (*stack, O, S)."""
         bits = pallas_kernels.code_bits(self.num_codewords)
-        return pallas_kernels.unpack_codes(self.assignments, bits, self.shape[1] // self.subvector_length)
+        return pallas_kernels.unpack_codes(jnp.asarray(self.assignments), bits, self.shape[1] // self.subvector_length)
 
     def decode(self) -> Float[Array, "*stack O I"]:
         """The dense weight, in the codebook's dtype."""

@@ -29,16 +29,18 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.soft_weights import soft_weights
+from vq4dit_jax.vq.first_smallest import first_smallest
 
 DAMPING = 1e-3
 """Added to the diagonal of H, in units of its mean: directions that no input had do not go to waste entirely, and H can be
 inverted. (Ten times more or less changes e by less than a hundredth on the built-in model.)"""
-_FEEDBACKS, _ROUNDS, _SWEEPS, _CG_STEPS = 2, 5, 2, 15
+FEEDBACKS, ROUNDS, _SWEEPS, _CG_STEPS = 2, 5, 2, 15
 
 Weight = Float[Array, "O I"]
 Moments = Float[Array, "I I"]
 Codebook = Float[Array, "G K d"]
 Codes = Int[Array, "O S"]
+Count = int | Int[Array, ""]
 
 
 def condition(moments: Moments) -> Moments:
@@ -62,14 +64,14 @@ def feedback(weight: Weight, moments: Moments, codebook: Codebook) -> Codes:
     """Assignments from left to right with error feedback (GPTVQ)."""
     groups, _, d = codebook.shape
     width = weight.shape[1]
-    # The Cholesky factor from the other end: H = R R^T with R upper triangular, hence U = R^-1.
-    upper = jnp.linalg.cholesky(moments[::-1, ::-1])[::-1, ::-1]
-    upper = jax.scipy.linalg.solve_triangular(upper, jnp.eye(width), lower=False)
+    # The Cholesky factor from the other end: H = R R^T with R upper triangular, hence U = R^-1, and U_bb^-1 = R_bb.
+    root = jnp.linalg.cholesky(moments[::-1, ::-1])[::-1, ::-1]
+    upper = jax.scipy.linalg.solve_triangular(root, jnp.eye(width), lower=False)
 
     def step(b: Int[Array, ""], state: tuple[Weight, Codes]) -> tuple[Weight, Codes]:
         left, codes = state
         rows = lax.dynamic_slice(upper, (b * d, 0), (d, width))
-        inverse = jnp.linalg.inv(lax.dynamic_slice(rows, (0, b * d), (d, d)))
+        inverse = lax.dynamic_slice(root, (b * d, b * d), (d, d))
         wanted = lax.dynamic_slice(left, (0, b * d), (len(left), d))
         chosen = _nearest(wanted, inverse @ inverse.T, codebook)
         lost = (wanted - decode(codebook, chosen[:, None])) @ inverse
@@ -125,9 +127,9 @@ def fit_codebook(
     return lax.fori_loop(0, steps, step, (codebook, residual, direction, dot(residual, direction)))[0]
 
 
-@functools.partial(jax.jit, static_argnames=("feedbacks", "rounds"))
+@jax.jit
 def solve(
-    weight: Weight, moments: Moments, codebook: Codebook, *, feedbacks: int = _FEEDBACKS, rounds: int = _ROUNDS
+    weight: Weight, moments: Moments, codebook: Codebook, *, feedbacks: Count = FEEDBACKS, rounds: Count = ROUNDS
 ) -> tuple[Codebook, Codes, Float[Array, ""]]:
     """(codebook, assignments, `error`) of one layer, from a k-means codebook. `moments` as `condition` gives them.
 
@@ -135,7 +137,7 @@ def solve(
     W holds I = S d inputs; row o reads codebook o // (O / G).
     """
 
-    # Loops, not unrolled: programs are compiled for every shape and codebook, and each half stands in them once.
+    # Loops of any length, not unrolled: programs are compiled for every shape and codebook, and each half stands in them once.
     def fed_back(_: Any, state: tuple[Codebook, Codes]) -> tuple[Codebook, Codes]:
         codes = feedback(weight, moments, state[0])
         return fit_codebook(weight, moments, state[0], codes), codes
@@ -182,4 +184,4 @@ def _errors(target: Float[Array, "O d"], metric: Float[Array, "d d"], codebook: 
 
 
 def _nearest(target: Float[Array, "O d"], metric: Float[Array, "d d"], codebook: Codebook) -> Int[Array, " O"]:
-    return _errors(target, metric, codebook).argmin(-1).astype(jnp.int32)
+    return first_smallest(_errors(target, metric, codebook), axis=1)
