@@ -160,9 +160,9 @@ def _solve_block(
     kernel: Float[Array, "*stack I O"],
     second: Float[Array, "*stack I I"],
     codebook: Float[Array, "G K d"],
-    block: layerwise.Count | None,
-    feedbacks: layerwise.Count,
-    rounds: layerwise.Count,
+    block: layerwise.Integer | None,
+    feedbacks: layerwise.Integer,
+    rounds: layerwise.Integer,
 ) -> tuple[Float[Array, "G K d"], Int[Array, "O S"]]:
     """One program for all blocks, from the stack to the codes."""
     weight = _of_block(kernel, block).T.astype(jnp.float32)
@@ -195,7 +195,7 @@ def restore(params: Any, packed: Any, moments: dict[str, InputMoments]) -> Any:
     return flax.traverse_util.unflatten_dict(flax.traverse_util.flatten_dict(again, sep="/") | shifted, sep="/")
 
 
-def _of_block(stack: Any, block: layerwise.Count | None) -> Any:
+def _of_block(stack: Any, block: layerwise.Integer | None) -> Any:
     return stack if block is None else stack[block]
 
 

@@ -40,7 +40,7 @@ Weight = Float[Array, "O I"]
 Moments = Float[Array, "I I"]
 Codebook = Float[Array, "G K d"]
 Codes = Int[Array, "O S"]
-Count = int | Int[Array, ""]
+Integer = int | Int[Array, ""]
 
 
 def condition(moments: Moments) -> Moments:
@@ -129,7 +129,7 @@ def fit_codebook(
 
 @jax.jit
 def solve(
-    weight: Weight, moments: Moments, codebook: Codebook, *, feedbacks: Count = FEEDBACKS, rounds: Count = ROUNDS
+    weight: Weight, moments: Moments, codebook: Codebook, *, feedbacks: Integer = FEEDBACKS, rounds: Integer = ROUNDS
 ) -> tuple[Codebook, Codes, Float[Array, ""]]:
     """(codebook, assignments, `error`) of one layer, from a k-means codebook. `moments` as `condition` gives them.
 
