@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 
 from benchmarks import record
 from benchmarks.quality import __main__ as command
-from benchmarks.quality import chart, figures, rows, stages, table
+from benchmarks.quality import chart, figures, rows, stages, table, worth
 from convert.facebook import FACEBOOK
 from convert.layout import CONV, LINEAR, POSITIONS
 from vq4dit_jax import baselines, checkpoint, evaluation, generation, pipeline
@@ -320,6 +320,24 @@ def _refused(capsys, *arguments) -> str:
     err = capsys.readouterr().err
     assert code == 2 and err.count("\n") == 1
     return err
+
+
+def test_a_choice_is_compared_with_its_form_seed_by_seed():
+    """Figures scatter, their differences need not: what is added to every seed has no deviation."""
+
+    def row(label, psnrs, errors):
+        seeds = [{"psnr_to_fp_db": p, "l_d": e, "noise_error": 2 * e} for p, e in zip(psnrs, errors, strict=True)]
+        return {"label": label, "seeds": seeds}
+
+    soft, ours = row("soft", [30, 20], [0.1, 0.4]), row("ours", [1, 1], [1, 1])
+    changed = [row("soft: n1", [28.5, 18.5], [0.2, 0.6]), row("ours: alone", [2, 4], [1, 1]), row("else: n1", [1], [1])]
+    head, cells = worth.compared([soft, *changed, ours])
+    assert head == ["Form", "Changed", "PSNR, dB", "L_d", "Noise error"]
+    assert cells == [
+        ["soft", "n1", "-1.50 ± 0.00", "+75.0 ± 35.4 %", "+75.0 ± 35.4 %"],
+        ["ours", "alone", "+2.00 ± 1.41", "+0.0 ± 0.0 %", "+0.0 ± 0.0 %"],
+    ]
+    assert worth.compared([soft, ours]) is None
 
 
 def test_what_was_made_from_another_definition_is_refused_by_its_folder(

@@ -3,6 +3,7 @@
 import statistics
 from typing import Any
 
+from benchmarks.quality import worth
 from benchmarks.quality.stages import COMPARED
 from vq4dit_jax.reporting.markup import DASH, fixed, number
 
@@ -36,6 +37,7 @@ def markdown(result: dict[str, Any]) -> str:
         f"{min(COMPARED, share)} images of each seed, to full precision's of the same noise and class. Noise error: relative L2 "
         "error of the guided noise prediction on one held-out trajectory.",
         "",
+        *_worth(rows),
         "## Size and cost",
         "",
     ]
@@ -60,6 +62,13 @@ def markdown(result: dict[str, Any]) -> str:
         devices = sorted({seed["devices"]["samples"] for row in rows for seed in row["seeds"]})
         lines += ["", f"Models made at {', '.join(commits)}; samples on {' and '.join(devices)}."]
     return "\n".join([*lines, "", f"Made by `{result['command']}`.", ""])
+
+
+def _worth(rows: list[dict[str, Any]]) -> list[str]:
+    if (found := worth.compared(rows)) is None:
+        return []
+    explained = "Against the form itself at the same seeds: mean ± standard deviation of the differences."
+    return ["## What each choice is worth", "", *_table(*found), "", explained, ""]
 
 
 def short(result: dict[str, Any]) -> str:
