@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 from xml.etree import ElementTree
 
+from benchmarks.quality import worth
 from vq4dit_jax.reporting.charts import Scale, linear_ticks, log_ticks
 from vq4dit_jax.reporting.markup import Element, element, number
 
@@ -20,7 +21,8 @@ def svg(result: dict[str, Any]) -> str | None:
     """The drawing; None while no quantized row has a distance."""
     lines: dict[str, list[tuple[float, float]]] = {}
     for row in result["rows"]:
-        if row["method"] != "fp" and row["pooled"]["fd"]:
+        # Changes of one choice lie in a heap at the bits of their form; the table has them.
+        if row["method"] != "fp" and row["pooled"]["fd"] and not worth.form_of(row, result["rows"]):
             lines.setdefault(row["label"], []).append((row["size"]["bits_per_quantized_weight"], row["pooled"]["fd"]))
     if not lines:
         return None

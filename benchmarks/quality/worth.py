@@ -12,13 +12,18 @@ _FIGURES = {"psnr_to_fp_db": "PSNR, dB", "l_d": "L_d", "noise_error": "Noise err
 
 def compared(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]] | None:
     """Head and cells of a table, mean ± standard deviation over seeds; None where no row changes another."""
-    forms = {row["label"]: row for row in rows}
     cells = []
     for row in rows:
-        form, _, change = row["label"].partition(": ")
-        if change and form in forms:
-            cells.append([form, change, *(_change(row, forms[form], name) for name in _FIGURES)])
+        if form := form_of(row, rows):
+            change = row["label"].removeprefix(f"{form['label']}: ")
+            cells.append([form["label"], change, *(_change(row, form, name) for name in _FIGURES)])
     return (["Form", "Changed", *_FIGURES.values()], cells) if cells else None
+
+
+def form_of(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The row that `row` changes one choice of, if it is there."""
+    form, colon, _ = row["label"].partition(": ")
+    return next((other for other in rows if colon and other["label"] == form), None)
 
 
 def _change(row: dict[str, Any], form: dict[str, Any], name: str) -> str:
