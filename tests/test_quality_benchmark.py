@@ -338,6 +338,8 @@ def test_a_choice_is_compared_with_its_form_seed_by_seed():
         ["ours", "alone", "+2.00 ± 1.41", "+0.0 ± 0.0 %", "+0.0 ± 0.0 %"],
     ]
     assert worth.compared([soft, ours]) is None
+    del soft["seeds"][1]["psnr_to_fp_db"]
+    assert worth.compared([soft, changed[0]])[1][0][2:4] == ["—", "+75.0 ± 35.4 %"]
 
 
 def test_what_was_made_from_another_definition_is_refused_by_its_folder(

@@ -1,13 +1,15 @@
 """What single choices are worth: rows labelled "FORM: change" beside the row labelled FORM, seed by seed.
 
-A seed is the same noise, classes, k-means start and trajectories in both, so differences of a seed scatter less than the figures.
+A seed is the same noise, classes and keys in both, so differences of a seed scatter less than the figures.
 """
 
 import statistics
 from typing import Any
 
-_FIGURES = {"psnr_to_fp_db": "PSNR, dB", "l_d": "L_d", "noise_error": "Noise error"}
-"""The first in differences, the others in per cent."""
+from vq4dit_jax.reporting.markup import DASH
+
+_DIFFERENCES = {"psnr_to_fp_db": "PSNR, dB"}
+_PER_CENT = {"l_d": "L_d", "noise_error": "Noise error"}
 
 
 def compared(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]] | None:
@@ -16,8 +18,10 @@ def compared(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]] | 
     for row in rows:
         if form := form_of(row, rows):
             change = row["label"].removeprefix(f"{form['label']}: ")
-            cells.append([form["label"], change, *(_change(row, form, name) for name in _FIGURES)])
-    return (["Form", "Changed", *_FIGURES.values()], cells) if cells else None
+            differences = [_spread(row, form, name, lambda a, b: a - b, ".2f", "") for name in _DIFFERENCES]
+            per_cent = [_spread(row, form, name, lambda a, b: 100 * (a / b - 1), ".1f", " %") for name in _PER_CENT]
+            cells.append([form["label"], change, *differences, *per_cent])
+    return (["Form", "Changed", *_DIFFERENCES.values(), *_PER_CENT.values()], cells) if cells else None
 
 
 def form_of(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any] | None:
@@ -26,14 +30,11 @@ def form_of(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any] |
     return next((other for other in rows if colon and other["label"] == form), None)
 
 
-def _change(row: dict[str, Any], form: dict[str, Any], name: str) -> str:
-    pairs = [(one[name], other[name]) for one, other in zip(row["seeds"], form["seeds"], strict=True)]
-    if name == "psnr_to_fp_db":
-        return _mean([one - other for one, other in pairs], "")
-    return _mean([100 * (one / other - 1) for one, other in pairs], " %")
-
-
-def _mean(values: list[float], unit: str) -> str:
-    digits = 1 if unit else 2
-    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):+.{digits}f}{spread}{unit}"
+def _spread(row: dict[str, Any], form: dict[str, Any], name: str, change: Any, digits: str, unit: str) -> str:
+    """A dash where a seed has no such figure: PSNR without full precision's images."""
+    pairs = [(one.get(name), other.get(name)) for one, other in zip(row["seeds"], form["seeds"], strict=True)]
+    if any(figure is None for pair in pairs for figure in pair):
+        return DASH
+    changes = [change(one, other) for one, other in pairs]
+    spread = f" ± {statistics.stdev(changes):{digits}}" if len(changes) > 1 else ""
+    return f"{statistics.fmean(changes):+{digits}}{spread}{unit}"

@@ -45,7 +45,8 @@ _AT_ONCE = 4
 def start(recipe: Recipe, model: DiT | Network, params: Any, packed: Any, key: jax.Array) -> Any:
     """What the gradient steps start from: `packed` solved layer by layer, its bits spread anew where the recipe says so.
 
-    Memory: the moments of all layers, (I, I) float32 each; 3 GB for DiT-XL/2.
+    Memory: the moments of all layers, (I, I) float32 each, 3 GB for DiT-XL/2; and a few copies of those of the `_AT_ONCE`
+    layers that are solved side by side.
     """
     network, keys = as_network(model, recipe.remat), [jax.random.fold_in(key, i) for i in range(4)]
     paths = quantized_paths(packed)
@@ -164,7 +165,7 @@ def _solve_block(
     feedbacks: layerwise.Integer,
     rounds: layerwise.Integer,
 ) -> tuple[Float[Array, "G K d"], Int[Array, "O S"]]:
-    """One program for all blocks, from the stack to the codes."""
+    """(codebook, assignments) of block `block` of a stack, or of a kernel without one (None): one program for all blocks."""
     weight = _of_block(kernel, block).T.astype(jnp.float32)
     moments = layerwise.condition(_of_block(second, block))
     return layerwise.solve(weight, moments, codebook, feedbacks=feedbacks, rounds=rounds)[:2]
