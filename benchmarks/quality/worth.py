@@ -4,6 +4,7 @@ A seed is the same noise, classes and keys in both, so differences of a seed sca
 """
 
 import statistics
+from collections.abc import Callable
 from typing import Any
 
 from vq4dit_jax.reporting.markup import DASH
@@ -30,7 +31,14 @@ def form_of(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any] |
     return next((other for other in rows if colon and other["label"] == form), None)
 
 
-def _spread(row: dict[str, Any], form: dict[str, Any], name: str, change: Any, digits: str, unit: str) -> str:
+def _spread(
+    row: dict[str, Any],
+    form: dict[str, Any],
+    name: str,
+    change: Callable[[float, float], float],
+    digits: str,
+    unit: str,
+) -> str:
     """A dash where a seed has no such figure: PSNR without full precision's images."""
     pairs = [(one.get(name), other.get(name)) for one, other in zip(row["seeds"], form["seeds"], strict=True)]
     if any(figure is None for pair in pairs for figure in pair):
