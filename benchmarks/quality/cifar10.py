@@ -2,7 +2,7 @@
 
 All that calibrate have 500 steps of batch 16, but ours 325, because it solves layers first and shall take no longer; DDPM of
 50 steps, guidance 1.5; 5,100 images a row.
-Costs: on two CPU cores that have nothing else to do, 25 minutes of sampling a row (of all seeds), 10 hours for all 23;
+Costs: on two CPU cores that have nothing else to do, 25 minutes of sampling a row (of all seeds), 13 hours for all 30;
        and the calibrations, 7 minutes a seed.
 """
 
@@ -28,15 +28,15 @@ def get_config() -> Table:
     base.sample.batch = 10  # two virtual devices with 8 to 16 images each are what two cores are fastest with
     rows = [Row("fp", "full precision", "fp")]
     rows += [Row(f"rtn_w{b}_g64", "round to nearest, groups of 64", "rtn", b, group=64) for b in (4, 3, 2)]
-    rows += [Row(f"rtn_w{b}_channel", "round to nearest, per channel", "rtn", b) for b in (4, 2)]
+    rows += [Row(f"rtn_w{b}_channel", "round to nearest, per channel", "rtn", b) for b in (4, 3, 2)]
     rows += [Row(f"gptq_w{b}_g64", "GPTQ, groups of 64", "gptq", b, group=64) for b in (4, 3, 2)]
     rows += [Row(f"kmeans_w{b}", "k-means", "kmeans", b, config=OURS) for b in (4, 3, 2)]
     rows += [
-        Row(f"pqf_w{b}", "k-means, codebooks tuned (PQF)", "vq4dit", b, config=OURS, overrides=PQF) for b in (3, 2)
+        Row(f"pqf_w{b}", "k-means, codebooks tuned (PQF)", "vq4dit", b, config=OURS, overrides=PQF) for b in (4, 3, 2)
     ]
-    rows += [Row("dkm_w2", "differentiable k-means (DKM)", "dkm", 2, config=OURS, overrides=DKM)]
-    rows += [Row(f"released_w{b}", "VQ4DiT, released code's form", "vq4dit", b, config=RELEASED) for b in (3, 2)]
-    rows += [Row("paper_w2", "VQ4DiT, paper's form", "vq4dit", 2, config=PAPER)]
+    rows += [Row(f"dkm_w{b}", "differentiable k-means (DKM)", "dkm", b, config=OURS, overrides=DKM) for b in (4, 3, 2)]
+    rows += [Row(f"released_w{b}", "VQ4DiT, released code's form", "vq4dit", b, config=RELEASED) for b in (4, 3, 2)]
+    rows += [Row(f"paper_w{b}", "VQ4DiT, paper's form", "vq4dit", b, config=PAPER) for b in (4, 3, 2)]
     rows += [
         Row(f"ours_w{b:g}".replace(".", "p"), "ours", "vq4dit", b, config=config, overrides=SHORTER)
         for b, config in ((4, OURS_FINE), (3, OURS_FINE), (2, OURS), (1.5, OURS), (1, OURS))
