@@ -43,7 +43,14 @@ def get_config() -> Table:
         for b, config in ((4, OURS_FINE), (3, OURS_FINE), (2, OURS), (1.5, OURS), (1, OURS))
     ]
     rows += [
-        Row(f"whole_w{b:g}".replace(".", "p"), "ours, codebooks within the bits", "vq4dit", b, config=config, overrides=WHOLE)
+        Row(
+            f"whole_w{b:g}".replace(".", "p"),
+            "ours, codebooks within the bits",
+            "vq4dit",
+            b,
+            config=config,
+            overrides=WHOLE,
+        )
         for b, config in ((3, OURS_FINE), (1.5, OURS))
     ]
     return Table(base.lock(), tuple(rows))
