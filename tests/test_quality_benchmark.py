@@ -306,13 +306,19 @@ def test_seconds_come_with_the_processor_they_were_measured_on(cpuinfo, wanted):
 
 
 def test_what_was_remarked_of_a_model_stands_below_the_table():
-    """Once for all seeds that share it; rows without a remark say nothing."""
+    """Once for all seeds that share it; rows without a remark say nothing, and rows of the same nominal bits are told apart."""
     seed = lambda number, remark=None: {"seed": number, "remark": remark}
+    row = lambda label, bits, *seeds: {"label": label, "size": {"bits_per_quantized_weight": bits}, "seeds": seeds}
     rows = [
-        {"label": "ours", "bits": 1.5, "seeds": [seed(0, "stopped"), seed(1, "slow"), seed(2, "slow")]},
-        {"label": "k-means", "bits": 2, "seeds": [seed(0)]},
+        row("ours", 1.572, seed(0, "stopped"), seed(1, "slow"), seed(2, "slow")),
+        row("ours", 1.5, seed(0, "slow")),
+        row("k-means", 2.173, seed(0)),
     ]
-    assert table._remarks(rows) == ["ours, 1.5 bits, seed 0: stopped", "ours, 1.5 bits, seeds 1 and 2: slow"]
+    assert table._remarks(rows) == [
+        "ours, 1.57 bits, seed 0: stopped",
+        "ours, 1.57 bits, seeds 1 and 2: slow",
+        "ours, 1.50 bits, seed 0: slow",
+    ]
 
 
 def _refused(capsys, *arguments) -> str:

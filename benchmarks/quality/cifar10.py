@@ -39,18 +39,15 @@ def get_config() -> Table:
     rows += [Row(f"released_w{b}", "VQ4DiT, released code's form", "vq4dit", b, config=RELEASED) for b in (4, 3, 2)]
     rows += [Row(f"paper_w{b}", "VQ4DiT, paper's form", "vq4dit", b, config=PAPER) for b in (4, 3, 2)]
     rows += [
-        Row(f"ours_w{b:g}".replace(".", "p"), "ours", "vq4dit", b, config=config, overrides=SHORTER)
-        for b, config in ((4, OURS_FINE), (3, OURS_FINE), (2, OURS), (1.5, OURS), (1, OURS))
-    ]
-    rows += [
-        Row(
-            f"whole_w{b:g}".replace(".", "p"),
-            "ours, codebooks within the bits",
-            "vq4dit",
-            b,
-            config=config,
-            overrides=WHOLE,
+        Row(f"{name}_w{b:g}".replace(".", "p"), "ours", "vq4dit", b, config=config, overrides=overrides)
+        for name, b, config, overrides in (
+            ("ours", 4, OURS_FINE, SHORTER),
+            ("ours", 3, OURS_FINE, SHORTER),
+            ("whole", 3, OURS_FINE, WHOLE),
+            ("ours", 2, OURS, SHORTER),
+            ("ours", 1.5, OURS, SHORTER),
+            ("whole", 1.5, OURS, WHOLE),
+            ("ours", 1, OURS, SHORTER),
         )
-        for b, config in ((3, OURS_FINE), (1.5, OURS))
     ]
     return Table(base.lock(), tuple(rows))

@@ -130,12 +130,14 @@ def _other_steps(rows: list[dict[str, Any]]) -> str:
 
 
 def _remarks(rows: list[dict[str, Any]]) -> list[str]:
-    """ "ours, 1.5 bits, seeds 1 and 2: ..." of what somebody wrote into a model's definition.json."""
+    """ "ours, 1.57 bits, seeds 1 and 2: ..." of what somebody wrote into a model's definition.json."""
     seeds_of: dict[tuple[str, str], list[str]] = {}
     for row in rows:
         for seed in row["seeds"]:
             if remark := seed.get("remark"):
-                seeds_of.setdefault((f"{row['label']}, {row['bits']:g} bits", remark), []).append(str(seed["seed"]))
+                # Not the nominal bits: two rows of a method can have the same ones.
+                bits = fixed(row["size"]["bits_per_quantized_weight"], 2)
+                seeds_of.setdefault((f"{row['label']}, {bits} bits", remark), []).append(str(seed["seed"]))
     return [f"{which}, seed{'s' * (len(seeds) > 1)} {' and '.join(seeds)}: {remark}"
             for (which, remark), seeds in seeds_of.items()]  # fmt: skip
 
