@@ -21,11 +21,12 @@ import sys
 
 import numpy as np
 
-from vq4dit_jax import files, provenance
+from vq4dit_jax import files
 from vq4dit_jax.command_line import Parser, exit_code
 from vq4dit_jax.evaluation import Classifier, extract_features, frechet_distance, load_inception
 from vq4dit_jax.evaluation.images import open_images
-from vq4dit_jax.reporting import progress
+from vq4dit_jax.progress import progress
+from vq4dit_jax.storage import provenance
 
 OUTPUTS = ("mixed_7", "spatial")
 _CHUNK = 1000

@@ -31,8 +31,9 @@ from benchmarks import record
 from benchmarks.torch_inception import TorchInception
 from convert.inception import expected_shapes, torch_name
 from convert.inception import load_inception as load_weights
-from vq4dit_jax import files, provenance
+from vq4dit_jax import files
 from vq4dit_jax.evaluation import classifiers
+from vq4dit_jax.storage import provenance
 
 _BATCH = 50
 

@@ -7,7 +7,7 @@ import subprocess
 
 import jax
 
-from vq4dit_jax import provenance
+from vq4dit_jax.storage import provenance
 
 _VECTORS = ("avx512f", "avx2", "asimd")
 """What decides the speed of float32 products on a CPU, widest first, as Linux names them."""

@@ -20,9 +20,11 @@ import numpy as np
 
 import vq4dit_jax as vq
 from benchmarks import record
-from vq4dit_jax import files, provenance
-from vq4dit_jax.calibration import losses, trajectory
-from vq4dit_jax.calibration.network import as_network
+from vq4dit_jax import files
+from vq4dit_jax.diffusion import trajectory
+from vq4dit_jax.methods import losses
+from vq4dit_jax.networks.network import as_network
+from vq4dit_jax.storage import provenance
 
 CFG_SCALE, IMAGES, STEPS = 1.5, 16, 10
 Form = tuple[vq.DiT, Any]

@@ -7,7 +7,7 @@ Gives: three quarters of the bytes of its codes and codebooks. The Frechet dista
 
 from ml_collections import ConfigDict
 
-from vq4dit_jax.config import cifar10
+from vq4dit_jax.run.config import cifar10
 
 
 def get_config() -> ConfigDict:

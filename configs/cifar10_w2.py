@@ -9,7 +9,7 @@ Vary:  --config.calibration.steps=500 --config.calibration.batch=16 --config.sam
 
 from ml_collections import ConfigDict
 
-from vq4dit_jax.config import cifar10
+from vq4dit_jax.run.config import cifar10
 
 
 def get_config() -> ConfigDict:

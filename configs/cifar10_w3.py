@@ -7,12 +7,12 @@ Gives: nearer to the original than 2 bits, half as large again on disk. With 325
 
 from ml_collections import ConfigDict
 
-from vq4dit_jax.calibration import FINE
-from vq4dit_jax.config import cifar10
+from vq4dit_jax.methods.recipe import FINE
+from vq4dit_jax.run.config import cifar10
 
 
 def get_config() -> ConfigDict:
     c = cifar10()
     c.quantize.bits = 3.0
-    c.calibration.update(FINE)
+    c.methods.update(FINE)
     return c.lock()

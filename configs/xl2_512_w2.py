@@ -14,7 +14,7 @@ Vary:  --config.beside=runs/xl2_512_w3     the rows of a finished run in the sam
 
 from ml_collections import ConfigDict
 
-from vq4dit_jax.config import xl2
+from vq4dit_jax.run.config import xl2
 
 
 def get_config() -> ConfigDict:

@@ -25,7 +25,7 @@ from flax import traverse_util
 from convert import inception_graph
 from convert.readers import Checkpoint, open_checkpoint
 from vq4dit_jax.errors import InputError
-from vq4dit_jax.models.inception import Inception
+from vq4dit_jax.evaluation.networks.inception import Inception
 
 # The network was trained with it; a graph that says otherwise is believed.
 _BATCH_NORM_EPS = 1e-3

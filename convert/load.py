@@ -16,7 +16,7 @@ from convert.layout import Layout, Shape
 from convert.readers import Checkpoint, open_checkpoint
 from vq4dit_jax import files
 from vq4dit_jax.errors import InputError
-from vq4dit_jax.models.dit import DIT_VARIANTS, DiT, sincos_positions
+from vq4dit_jax.networks.dit import DIT_VARIANTS, DiT, sincos_positions
 
 
 def load_pretrained(

@@ -21,7 +21,7 @@ from convert.download import official_vae
 from convert.layout import BIAS, CONV, LINEAR, Kind, Layout, Rule, Shape
 from convert.readers import Checkpoint, open_checkpoint
 from vq4dit_jax.errors import InputError
-from vq4dit_jax.models.vae import AutoencoderKL
+from vq4dit_jax.networks.vae import AutoencoderKL
 
 _NAME = "diffusers' AutoencoderKL"
 _LEVEL = "decoder.up_blocks."

@@ -16,7 +16,7 @@ from PIL import Image
 
 from vq4dit_jax import files
 from vq4dit_jax.errors import InputError
-from vq4dit_jax.reporting import progress
+from vq4dit_jax.progress import progress
 
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 _TRAIN = "train"

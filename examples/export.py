@@ -13,9 +13,11 @@ from convert.facebook import FACEBOOK
 from convert.layout import BIAS, CONV, LINEAR, POSITIONS, TABLE
 from examples.data import Dataset
 from examples.training import Recipe
-from vq4dit_jax import evaluation, files, generation, provenance, reporting
+from vq4dit_jax import evaluation, files, reporting
 from vq4dit_jax.errors import InputError
-from vq4dit_jax.models import DiT
+from vq4dit_jax.networks.dit import DiT
+from vq4dit_jax.run import generation
+from vq4dit_jax.storage import provenance
 
 # From our arrays back to the checkpoint's: the inverses of `Kind.turn`.
 _BACK = {

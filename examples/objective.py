@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from vq4dit_jax.diffusion import Schedule
+from vq4dit_jax.diffusion.schedule import Schedule
 
 _LN2 = 0.6931471805599453
 _HALF_LEVEL = 1 / 255

@@ -18,10 +18,11 @@ from absl import logging
 
 from examples import export, training
 from examples.data import Dataset, open_dataset
-from vq4dit_jax import files, sources
+from vq4dit_jax import files
 from vq4dit_jax.command_line import Parser, exit_code
 from vq4dit_jax.errors import InputError
-from vq4dit_jax.models import DiT
+from vq4dit_jax.networks.dit import DiT
+from vq4dit_jax.run import sources
 
 VARIANTS = {
     "small": dict(hidden_size=192, depth=8, num_heads=6, patch_size=4),

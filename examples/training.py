@@ -17,11 +17,14 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from examples import objective
 from examples.data import Dataset
-from vq4dit_jax import checkpoint, diffusion, files, reporting, sampling
-from vq4dit_jax.calibration.loop import read_log
+from vq4dit_jax import files
+from vq4dit_jax.diffusion import sampling
+from vq4dit_jax.diffusion import schedule as diffusion
 from vq4dit_jax.errors import InputError
-from vq4dit_jax.models import DiT
-from vq4dit_jax.models.dit import sincos_positions
+from vq4dit_jax.methods.loop import read_log
+from vq4dit_jax.networks.dit import DiT, sincos_positions
+from vq4dit_jax.progress import progress
+from vq4dit_jax.storage import checkpoint
 
 _LOG_EVERY = 10
 _METRICS = ("loss", "mse", "vb", "grad_norm")
@@ -183,7 +186,7 @@ def train(
     state = jax.device_put(resume(folder, init(recipe, params)), sampling.replicated())
     update, done = make_update(model, recipe), int(state.step)
     pending, since = [], time.perf_counter()
-    with reporting.progress(recipe.steps, "train", "step") as bar, _open_log(log_file, done) as log:
+    with progress(recipe.steps, "train", "step") as bar, _open_log(log_file, done) as log:
         bar.update(done)
         bar.unpause()
         for step in range(done, recipe.steps):

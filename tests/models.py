@@ -6,8 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from vq4dit_jax.models import DiT
-from vq4dit_jax.quantization import random_params
+from vq4dit_jax.networks.dit import DiT
+from vq4dit_jax.qarray.quantization import random_params
 
 SOFT = (
     "--config.calibration.layerwise=False",

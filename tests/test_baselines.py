@@ -6,14 +6,17 @@ import numpy as np
 import pytest
 from models import tiny
 
-from vq4dit_jax import baselines, calibration, quantization, vq
-from vq4dit_jax.baselines import dkm, uniform
-from vq4dit_jax.baselines.gptq import inverse_factor, quantize_weight, round_columns
-from vq4dit_jax.calibration import Recipe
+from vq4dit_jax import methods, vq
+from vq4dit_jax.codebook.kmeans import nearest_codewords
 from vq4dit_jax.errors import InputError
-from vq4dit_jax.models.linear import linear
-from vq4dit_jax.quantization import KEEP, VQSpec, quantize, random_params
-from vq4dit_jax.vq import VQArray, nearest_codewords
+from vq4dit_jax.integer import grids as uniform
+from vq4dit_jax.integer.gptq import inverse_factor, quantize_weight, round_columns
+from vq4dit_jax.methods import dkm
+from vq4dit_jax.methods.recipe import Recipe
+from vq4dit_jax.qarray import quantization
+from vq4dit_jax.qarray.linear import linear
+from vq4dit_jax.qarray.quantization import KEEP, VQSpec, quantize, random_params
+from vq4dit_jax.qarray.vq import VQArray
 
 GRIDS = [(2, None, "asymmetric"), (3, 16, "centred"), (4, 24, "symmetric")]
 
@@ -211,8 +214,8 @@ RULES = ((r"blocks/\d+/fc[12]/kernel", VQSpec(16, 4)), (r".*", KEEP))
 def test_dense_baselines_quantize_what_rules_say_and_count_all_bytes():
     params = _layers()
     eyes = {f"blocks/fc{i}/kernel": jnp.tile(jnp.eye(n)[None], (2, 1, 1)) for i, n in ((1, 48), (2, 32))}
-    nearest = baselines.rtn(params, 3, 16, kind="asymmetric", rules=RULES)
-    columns = baselines.gptq(params, eyes, 3, 16, shares=(1.0,), rules=RULES)
+    nearest = methods.rtn(params, 3, 16, kind="asymmetric", rules=RULES)
+    columns = methods.gptq(params, eyes, 3, 16, shares=(1.0,), rules=RULES)
     groups = 2 * (32 * 3 + 48 * 2)
     for result in (nearest, columns):
         sizes = result.sizes
@@ -235,7 +238,7 @@ def test_dense_baselines_quantize_what_rules_say_and_count_all_bytes():
 
 def test_rules_say_which_blocks_are_quantized():
     params = _layers()
-    result = baselines.rtn(params, 2, rules=((r"blocks/0/.*", KEEP), *RULES))
+    result = methods.rtn(params, 2, rules=((r"blocks/0/.*", KEEP), *RULES))
     kernel, wanted = result.params["blocks"]["fc1"]["kernel"], params["blocks"]["fc1"]["kernel"]
     np.testing.assert_array_equal(np.asarray(kernel[0]), np.asarray(wanted[0].astype(jnp.float16).astype(jnp.float32)))
     assert all(len(np.unique(kernel[1, :, o])) <= 4 for o in range(32))
@@ -247,7 +250,7 @@ def test_the_linears_of_a_dit_are_quantized_without_rules(monkeypatch):
     monkeypatch.setattr(uniform, "fit_grid", lambda *_: None)  # sizes alone: nothing is compiled for ten shapes
     monkeypatch.setattr(uniform, "round_to_nearest", lambda weight, *_: weight)
     packed = quantization.abstract_quantized(teacher, quantization.dit_rules(2))
-    assert baselines.rtn(teacher, 2).sizes.quantized_parameters == quantization.sizes(packed).quantized_parameters
+    assert methods.rtn(teacher, 2).sizes.quantized_parameters == quantization.sizes(packed).quantized_parameters
 
 
 @pytest.mark.parametrize(
@@ -256,12 +259,12 @@ def test_the_linears_of_a_dit_are_quantized_without_rules(monkeypatch):
 )
 def test_what_makes_no_grid_is_refused(bits, group, kind, named):
     with pytest.raises(InputError, match=named):
-        baselines.rtn(_layers(), bits, group, kind=kind, rules=RULES)
+        methods.rtn(_layers(), bits, group, kind=kind, rules=RULES)
 
 
 def test_moments_that_do_not_fit_are_refused():
     with pytest.raises(InputError, match="moments of blocks/fc1/kernel are missing"):
-        baselines.gptq(_layers(), {}, 2, rules=RULES)
+        methods.gptq(_layers(), {}, 2, rules=RULES)
 
 
 # Codebooks --------------------------------------------------------------------------------------------------------
@@ -279,7 +282,7 @@ def _apply(params, x, t, y):
     return rows.reshape(x.shape), blocks
 
 
-NETWORK = calibration.Network(_apply, (4, 4, 3), 5)
+NETWORK = methods.Network(_apply, (4, 4, 3), 5)
 
 
 @pytest.fixture(scope="module")
@@ -293,8 +296,8 @@ def _packed(tree) -> list[VQArray]:
 
 
 def test_codebook_only_keeps_the_assignments_of_kmeans(kmeans):
-    recipe = Recipe(steps=3, batch=2, trajectory_steps=3, **baselines.codebook_only.RECIPE)
-    tuned = calibration.calibrate(NETWORK, _layers(), kmeans, key=jax.random.key(1), recipe=recipe)
+    recipe = Recipe(steps=3, batch=2, trajectory_steps=3, **methods.codebook_only.RECIPE)
+    tuned = methods.calibrate(NETWORK, _layers(), kmeans, key=jax.random.key(1), recipe=recipe)
     for old, new in zip(_packed(kmeans), _packed(tuned), strict=True):
         np.testing.assert_array_equal(np.asarray(new.assignments), np.asarray(old.assignments))
         assert (np.asarray(new.codebook) != np.asarray(old.codebook)).mean() > 0.9
@@ -352,7 +355,7 @@ def test_dkm_lowers_the_loss_and_ends_at_nearest_codewords(kmeans):
         and log[0]["tau_share"] == pytest.approx(dkm.START)
         and log[-1]["tau_share"] == pytest.approx(dkm.END)
     )
-    found = calibration.held_out_agreement(NETWORK, teacher, {"kmeans": kmeans, "dkm": hard}, 1.5, jax.random.key(9))
+    found = methods.held_out_agreement(NETWORK, teacher, {"kmeans": kmeans, "dkm": hard}, 1.5, jax.random.key(9))
     assert found["dkm"][0] < 0.9 * found["kmeans"][0]
     leaf = hard["blocks"]["fc1"]["kernel"]
     weight = np.asarray(teacher["blocks"]["fc1"]["kernel"]).swapaxes(1, 2)

@@ -9,17 +9,20 @@ import numpy as np
 import pytest
 from models import inputs, tiny
 
-from vq4dit_jax import calibration, diffusion, files
-from vq4dit_jax.calibration import Recipe, losses
-from vq4dit_jax.calibration.optimize import _threshold
+from vq4dit_jax import files, methods
+from vq4dit_jax.diffusion import schedule as diffusion
 from vq4dit_jax.errors import InputError
-from vq4dit_jax.quantization import quantize
-from vq4dit_jax.vq import SoftVQArray, VQArray
+from vq4dit_jax.methods import losses
+from vq4dit_jax.methods.recipe import Recipe
+from vq4dit_jax.methods.tune import _threshold
+from vq4dit_jax.qarray.quantization import quantize
+from vq4dit_jax.qarray.soft import SoftVQArray
+from vq4dit_jax.qarray.vq import VQArray
 
-NETWORK = calibration.as_network(tiny()[0])
+NETWORK = methods.as_network(tiny()[0])
 RECIPE = Recipe(steps=6, batch=2, trajectory_steps=4, freeze_from=1.0, freeze_by=1.0)
-_update = jax.jit(calibration.update, static_argnames=("recipe", "network"))
-_advance = jax.jit(calibration.advance, static_argnames=("network", "cfg_scale"))
+_update = jax.jit(methods.update, static_argnames=("recipe", "network"))
+_advance = jax.jit(methods.advance, static_argnames=("network", "cfg_scale"))
 
 
 @pytest.fixture(scope="module")
@@ -36,10 +39,10 @@ def _leaves(tree) -> list[SoftVQArray]:
 
 def _one_update(quantized, recipe, state=None, new_trajectory=True):
     model, teacher, kmeans = quantized
-    student = calibration.make_student(recipe, teacher, kmeans)
-    state = calibration.init(recipe, student) if state is None else state
+    student = methods.make_student(recipe, teacher, kmeans)
+    state = methods.init(recipe, student) if state is None else state
     sched = diffusion.make_schedule(recipe.trajectory_steps)
-    where = calibration.begin(NETWORK, sched, jax.random.key_data(jax.random.key(3)), jnp.int32(0), recipe.batch)
+    where = methods.begin(NETWORK, sched, jax.random.key_data(jax.random.key(3)), jnp.int32(0), recipe.batch)
     batch, _ = _advance(NETWORK, teacher, sched, recipe.cfg_scale, where)
     return student, state, *_update(recipe, NETWORK, state, student, batch, jnp.asarray(new_trajectory))
 
@@ -97,7 +100,7 @@ def test_the_released_regularizer_counts_only_above_its_minimum_of_the_trajector
 def test_a_student_equal_to_its_teacher_has_no_loss_and_no_error(quantized):
     model, teacher, _ = quantized
     sched = diffusion.make_schedule(4)
-    where = calibration.begin(NETWORK, sched, jax.random.key_data(jax.random.key(0)), jnp.int32(0), 2)
+    where = methods.begin(NETWORK, sched, jax.random.key_data(jax.random.key(0)), jnp.int32(0), 2)
     batch, _ = _advance(NETWORK, teacher, sched, 1.5, where)
     found = [float(v) for v in losses.agreement(NETWORK, teacher, batch, 1.5)]
     assert found == pytest.approx([0, 0], abs=1e-6)  # the batch was compiled in another program
@@ -106,7 +109,7 @@ def test_a_student_equal_to_its_teacher_has_no_loss_and_no_error(quantized):
 def test_the_block_distance_is_the_mean_of_the_blocks_distances(quantized):
     model, teacher, kmeans = quantized
     sched = diffusion.make_schedule(4)
-    where = calibration.begin(NETWORK, sched, jax.random.key_data(jax.random.key(0)), jnp.int32(0), 2)
+    where = methods.begin(NETWORK, sched, jax.random.key_data(jax.random.key(0)), jnp.int32(0), 2)
     batch, _ = _advance(NETWORK, teacher, sched, 1.5, where)
     _, blocks = model.apply({"params": kmeans}, batch.x, batch.t, batch.y, return_blocks=True)
     pairs = zip(np.asarray(blocks, np.float64), np.asarray(batch.blocks, np.float64), strict=True)
@@ -130,7 +133,7 @@ def test_update_is_rmsprop_with_the_rates_of_the_recipe(quantized):
 
 def test_update_trains_nothing_else(quantized):
     student, _, after, _ = _one_update(quantized, RECIPE)
-    merged = calibration.merge(student, after)
+    merged = methods.merge(student, after)
     for path in (("pos_embed",), ("x_embedder", "proj", "kernel"), ("final_layer", "linear", "bias")):
         a, b = merged, student
         for key in path:
@@ -142,7 +145,7 @@ def test_where_nothing_is_chosen_codebooks_move_as_with_logits_that_are_frozen(q
     """n = 1 beside n = 2 with its first candidates frozen: the same model, and the same step."""
     one, two = (dataclasses.replace(RECIPE, num_candidates=n, ratio_start="uniform") for n in (1, 2))
     _, _, found, metrics = _one_update(quantized, one)
-    before = calibration.init(two, calibration.make_student(two, *quantized[1:]))
+    before = methods.init(two, methods.make_student(two, *quantized[1:]))
     logits = {path: z.at[..., 0, :, :].set(1.0) for path, z in before.trainable.logits.items()}
     before = dataclasses.replace(
         before,
@@ -198,18 +201,18 @@ def test_calibration_lowers_the_loss_of_the_hard_model(quantized):
     """On a held-out trajectory the hard, calibrated model is nearer to its teacher than k-means."""
     model, teacher, kmeans = quantized
     recipe = Recipe(steps=60, batch=4, trajectory_steps=5, freeze_from=0.2, freeze_by=0.6, learning_rate_codebooks=2e-3)
-    student = calibration.make_student(recipe, teacher, kmeans)
-    state = calibration.init(recipe, student)
+    student = methods.make_student(recipe, teacher, kmeans)
+    state = methods.init(recipe, student)
     sched = diffusion.make_schedule(recipe.trajectory_steps)
-    where = calibration.begin(NETWORK, sched, jax.random.key_data(jax.random.key(5)), jnp.int32(0), recipe.batch)
+    where = methods.begin(NETWORK, sched, jax.random.key_data(jax.random.key(5)), jnp.int32(0), recipe.batch)
     for _ in range(recipe.steps):
         new = where.i == sched.num_steps - 1
         batch, where = _advance(NETWORK, teacher, sched, recipe.cfg_scale, where)
         state, metrics = _update(recipe, NETWORK, state, student, batch, new)
     assert float(metrics["frozen_fraction"]) == 1
-    hard = calibration.finalize(student, state)
+    hard = methods.finalize(student, state)
     models = {"teacher": teacher, "kmeans": kmeans, "hard": hard}
-    found = calibration.held_out_agreement(model, teacher, models, 1.5, jax.random.key(9))
+    found = methods.held_out_agreement(model, teacher, models, 1.5, jax.random.key(9))
     assert found["teacher"] == pytest.approx((0, 0), abs=1e-6)
     assert found["hard"][0] < 0.9 * found["kmeans"][0]
     assert found["hard"][1] < 0.9 * found["kmeans"][1]
@@ -217,8 +220,8 @@ def test_calibration_lowers_the_loss_of_the_hard_model(quantized):
 
 def test_finalize_takes_the_largest_ratio(quantized):
     student, _, after, _ = _one_update(quantized, RECIPE)
-    hard = calibration.finalize(student, after)
-    soft = _leaves(calibration.merge(student, after))
+    hard = methods.finalize(student, after)
+    soft = _leaves(methods.merge(student, after))
     packed = [
         leaf for leaf in jax.tree.leaves(hard, is_leaf=lambda n: isinstance(n, VQArray)) if isinstance(leaf, VQArray)
     ]
@@ -237,7 +240,7 @@ def test_the_trajectory_is_the_teachers_guided_ddpm_and_begins_anew_after_its_en
     teacher = jax.tree.map(lambda a: 0.25 * a, teacher)  # x stays near 1, and its noise can be told from rounding
     sched = diffusion.make_schedule(3)
     key = jax.random.key(4)
-    where = calibration.begin(NETWORK, sched, jax.random.key_data(key), jnp.int32(0), 2)
+    where = methods.begin(NETWORK, sched, jax.random.key_data(key), jnp.int32(0), 2)
     for i in (2, 1, 0):
         assert int(where.i) == i and int(where.number) == 0
         batch, after = _advance(NETWORK, teacher, sched, 1.5, where)
@@ -251,7 +254,7 @@ def test_the_trajectory_is_the_teachers_guided_ddpm_and_begins_anew_after_its_en
             assert abs(noise.mean()) < 0.2 and abs(noise.std() - 1) < 0.2
         where = after
     assert int(where.i) == 2 and int(where.number) == 1
-    fresh = calibration.begin(NETWORK, sched, jax.random.key_data(key), jnp.int32(1), 2)
+    fresh = methods.begin(NETWORK, sched, jax.random.key_data(key), jnp.int32(1), 2)
     for name in ("labels", "i", "number", "key_data"):
         np.testing.assert_array_equal(np.asarray(getattr(where, name)), np.asarray(getattr(fresh, name)))
     # Inside and outside of jit XLA may contract a multiplication and an addition differently: a last bit.
@@ -263,7 +266,7 @@ def test_the_trajectory_is_the_teachers_guided_ddpm_and_begins_anew_after_its_en
 
 def _run(quantized, folder, recipe=RECIPE):
     model, teacher, kmeans = quantized
-    return calibration.calibrate(
+    return methods.calibrate(
         model,
         teacher,
         kmeans,
@@ -294,7 +297,7 @@ def test_a_run_that_dies_and_starts_again_ends_with_the_same_bits(quantized, who
     class Killed(BaseException):
         pass
 
-    from vq4dit_jax.calibration import loop as module
+    from vq4dit_jax.methods import loop as module
 
     dumps = json.dumps
 
@@ -309,7 +312,7 @@ def test_a_run_that_dies_and_starts_again_ends_with_the_same_bits(quantized, who
     monkeypatch.undo()
     _same(model, _run(quantized, tmp_path / "parts"))
     timeless = [
-        [{k: v for k, v in line.items() if k != "seconds"} for line in calibration.read_log(folder / "log.jsonl")]
+        [{k: v for k, v in line.items() if k != "seconds"} for line in methods.read_log(folder / "log.jsonl")]
         for folder in (whole_folder, tmp_path / "parts")
     ]
     assert timeless[0] == timeless[1] and [line["step"] for line in timeless[0]] == [1, 2, 3, 4, 5, 6]
@@ -318,7 +321,7 @@ def test_a_run_that_dies_and_starts_again_ends_with_the_same_bits(quantized, who
 
 def test_a_log_line_cut_short_is_written_again(tmp_path):
     files.write_text(tmp_path / "log", '{"step": 1}\n{"st')
-    assert calibration.read_log(tmp_path / "log") == [{"step": 1}]
+    assert methods.read_log(tmp_path / "log") == [{"step": 1}]
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from models import inputs, tiny
 
-from vq4dit_jax import checkpoint, files
+from vq4dit_jax import files
 from vq4dit_jax.errors import InputError
-from vq4dit_jax.quantization import KEEP, VQSpec, dequantize, dit_rules, map_leaves, quantize, sizes
+from vq4dit_jax.qarray.quantization import KEEP, VQSpec, dequantize, dit_rules, map_leaves, quantize, sizes
+from vq4dit_jax.storage import checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vq4dit_jax import diffusion
+from vq4dit_jax.diffusion import schedule as diffusion
 from vq4dit_jax.errors import InputError
 
 SHAPE = (2, 4, 4, 4)

@@ -12,9 +12,9 @@ from evaluation_cases import images, linear_classifier, needs_tfgan
 from PIL import Image
 
 from vq4dit_jax import evaluate as command
-from vq4dit_jax import sources
 from vq4dit_jax.evaluation import compute_reference, measure, open_images, save_reference
 from vq4dit_jax.evaluation.images import checksum
+from vq4dit_jax.run import sources
 
 pytestmark = pytest.mark.once
 

@@ -19,11 +19,11 @@ from conftest import ROOT
 from models import tiny
 
 import vq4dit_jax
-from vq4dit_jax import generation
 from vq4dit_jax.errors import InputError
 from vq4dit_jax.files import asset
-from vq4dit_jax.generation import Plan, class_labels
-from vq4dit_jax.quantization import quantize, random_params
+from vq4dit_jax.qarray.quantization import quantize, random_params
+from vq4dit_jax.run import generation
+from vq4dit_jax.run.generation import Plan, class_labels
 
 COMMAND = [sys.executable, "-m", "vq4dit_jax.sample"]
 SMALL = ("--num-images=60", "--steps=3", "--batch=7", "--labels=random", "--grid-images=6")

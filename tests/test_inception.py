@@ -18,7 +18,7 @@ from convert import inception as convert_inception
 from vq4dit_jax import evaluation
 from vq4dit_jax.errors import InputError, MissingExtraError
 from vq4dit_jax.evaluation import classifiers
-from vq4dit_jax.models.inception import Inception, resize
+from vq4dit_jax.evaluation.networks.inception import Inception, resize
 
 _FOLDED = "data/inception/inception_2015_12_05_bnfolded_to_mixed_8.npz"
 

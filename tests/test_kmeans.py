@@ -13,12 +13,13 @@ import pytest
 from hypothesis import example, given, settings
 from sklearn.cluster import KMeans as SklearnKMeans
 
+from vq4dit_jax.codebook import kmeans_faiss, kmeans_jax
+from vq4dit_jax.codebook.first_smallest import first_smallest
+from vq4dit_jax.codebook.kmeans import kmeans, nearest_codewords
 from vq4dit_jax.errors import InputError
-from vq4dit_jax.vq import kmeans, kmeans_faiss, kmeans_jax, nearest_codewords
-from vq4dit_jax.vq.first_smallest import first_smallest
 
 # `vq4dit_jax.vq.kmeans` as an attribute is the function.
-kmeans_module = sys.modules["vq4dit_jax.vq.kmeans"]
+kmeans_module = sys.modules["vq4dit_jax.codebook.kmeans"]
 
 BACKENDS = ["faiss", "jax"]
 SOLVERS = [kmeans_faiss, kmeans_jax]

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vq4dit_jax import diffusion
-from vq4dit_jax.calibration import lasting
+from vq4dit_jax.diffusion import schedule as diffusion
+from vq4dit_jax.methods import lasting
 
 
 @settings(max_examples=20)  # each new shape is compiled

@@ -13,9 +13,9 @@ from safetensors.numpy import save_file
 
 from convert.inception import expected_shapes, graph_name
 from vq4dit_jax import main as command
-from vq4dit_jax.calibration import assess
 from vq4dit_jax.evaluation import tfgan
-from vq4dit_jax.models.vae import AutoencoderKL
+from vq4dit_jax.methods import agreement as assess
+from vq4dit_jax.networks.vae import AutoencoderKL
 
 pytestmark = pytest.mark.once
 

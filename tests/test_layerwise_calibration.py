@@ -9,12 +9,16 @@ import pytest
 from flax.traverse_util import flatten_dict
 from models import tiny
 
-from vq4dit_jax import calibration, checkpoint, diffusion
-from vq4dit_jax.calibration import LAYERWISE, Recipe, layerwise, losses
-from vq4dit_jax.calibration.moments import input_moments
+from vq4dit_jax import methods
+from vq4dit_jax.diffusion import schedule as diffusion
 from vq4dit_jax.errors import InputError
-from vq4dit_jax.quantization import matrices, quantize, sizes
-from vq4dit_jax.vq import VQArray
+from vq4dit_jax.methods import losses
+from vq4dit_jax.methods import solve_layers as layerwise
+from vq4dit_jax.methods.moments import input_moments
+from vq4dit_jax.methods.recipe import LAYERWISE, Recipe
+from vq4dit_jax.qarray.quantization import matrices, quantize, sizes
+from vq4dit_jax.qarray.vq import VQArray
+from vq4dit_jax.storage import checkpoint
 
 pytestmark = pytest.mark.once  # a program for every shape and codebook is compiled
 RECIPE = Recipe(**LAYERWISE, steps=3, batch=2, trajectory_steps=3)
@@ -28,7 +32,7 @@ def given():
 
 def calibrated(given, recipe, **changes):
     model, teacher, packed = given
-    return calibration.calibrate(model, teacher, packed, key=jax.random.key(1), recipe=recipe, **changes)
+    return methods.calibrate(model, teacher, packed, key=jax.random.key(1), recipe=recipe, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +47,7 @@ def test_solved_layers_are_much_nearer_to_the_teacher_than_k_means(given):
     model, teacher, packed = given
     hard = calibrated(given, RECIPE)
     assert sizes(hard) == sizes(packed)
-    found = calibration.held_out_agreement(model, teacher, {"kmeans": packed, "hard": hard}, 1.5, jax.random.key(9))
+    found = methods.held_out_agreement(model, teacher, {"kmeans": packed, "hard": hard}, 1.5, jax.random.key(9))
     assert found["hard"][0] < 0.75 * found["kmeans"][0] and found["hard"][1] < 0.9 * found["kmeans"][1]
 
 
@@ -72,7 +76,7 @@ def test_gains_scale_codebooks_and_shift_biases_and_nothing_else(given):
     """Stacks and tuples of parts alike; adaLN keeps its scale. Layer by layer the outputs then have the teacher's mean."""
     model, teacher, packed = given
     how = dict(key=jax.random.key(2), images=2, num_steps=3)
-    moments = calibration.input_moments(model, teacher, layerwise.quantized_paths(packed), **how)
+    moments = methods.input_moments(model, teacher, layerwise.quantized_paths(packed), **how)
     kernels = {"/".join(key[:-1]): a for key, a in flatten_dict(teacher).items() if key[-1] == "kernel"}
     for tree in (packed, allocated(packed)):
         found = layerwise.restore(teacher, tree, moments)
@@ -169,14 +173,14 @@ def test_the_distance_of_the_next_step_is_that_of_two_gaussians(given):
     """Squared 2-Wasserstein distance with independent pixels, where all of it lasts: at the last step. There the variance does
     not count; and elsewhere it does."""
     model, _, _ = given
-    network = calibration.as_network(model)
+    network = methods.as_network(model)
     rng = np.random.default_rng(0)
     make = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
     x, wanted, found = make(4, 8, 8, 3), make(4, 8, 8, 6), make(4, 8, 8, 6)
     sched = diffusion.make_schedule(5)
     zeros = jnp.zeros(4, jnp.int32)
     distance = lambda i, out: losses.step_distance(
-        network, sched, calibration.Batch(jnp.int32(i), x, zeros, zeros, wanted, None), out, 1.5
+        network, sched, methods.Batch(jnp.int32(i), x, zeros, zeros, wanted, None), out, 1.5
     )
     (mean, _), (wanted_mean, _) = gaussians(network, sched, 0, x[:2], (found, wanted))
     assert float(distance(0, found)[0]) == pytest.approx(np.square(mean - wanted_mean).mean(), rel=1e-5)
@@ -189,12 +193,12 @@ def test_the_distance_of_the_next_step_is_that_of_two_gaussians(given):
 def test_what_a_batch_has_in_common_counts_and_what_it_has_not_does_not(given):
     """A tint of all images, and a thousandth less of their detail, are in L_c; the same energy with random signs is not."""
     model, _, _ = given
-    network = calibration.as_network(model)
+    network = methods.as_network(model)
     sched, i, rows = diffusion.make_schedule(50), 2, 64
     key = jax.random.split(jax.random.key(0), 3)
     x, wanted = jax.random.normal(key[0], (2 * rows, 8, 8, 3)), jax.random.normal(key[1], (2 * rows, 8, 8, 6))
     x = jnp.concatenate([x[:rows]] * 2)
-    batch = calibration.Batch(jnp.int32(i), x, *[jnp.zeros(2 * rows, jnp.int32)] * 2, wanted, None)
+    batch = methods.Batch(jnp.int32(i), x, *[jnp.zeros(2 * rows, jnp.int32)] * 2, wanted, None)
     l_c = lambda error: float(
         losses.step_distance(network, sched, batch, wanted.at[..., :3].add(jnp.concatenate([error] * 2)), 1.5)[1]
     )

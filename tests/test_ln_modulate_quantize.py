@@ -15,7 +15,7 @@ from benchmarks.aot import compiler
 from pallas_kernels import reference_norm
 from pallas_kernels.mosaic import compat
 from pallas_kernels.mosaic import ln_modulate_quantize as mosaic
-from vq4dit_jax.models import dit
+from vq4dit_jax.networks import dit
 
 INT8, E4M3, BF16 = jnp.int8, jnp.float8_e4m3fn, jnp.bfloat16
 needs_compiler = pytest.mark.skipif(compiler.unavailable() is not None, reason=str(compiler.unavailable()))

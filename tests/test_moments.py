@@ -9,16 +9,17 @@ import numpy as np
 import pytest
 from models import tiny
 
-from vq4dit_jax import calibration, diffusion
-from vq4dit_jax.calibration.moments import Probe, input_moments
+from vq4dit_jax import methods
+from vq4dit_jax.diffusion import schedule as diffusion
 from vq4dit_jax.errors import InputError
-from vq4dit_jax.models.dit import layer_norm, modulate
-from vq4dit_jax.models.linear import linear
+from vq4dit_jax.methods.moments import Probe, input_moments
+from vq4dit_jax.networks.dit import layer_norm, modulate
+from vq4dit_jax.qarray.linear import linear
 
 KERNELS = ("attn/qkv", "attn/proj", "mlp/fc1", "mlp/fc2", "adaLN_modulation/1")
 PATHS = [f"blocks/{name}/kernel" for name in KERNELS]
 STEPS, TRAJECTORIES = 2, 2
-NETWORK = calibration.as_network(tiny()[0])
+NETWORK = methods.as_network(tiny()[0])
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +37,8 @@ def moments(teacher):
 def seen(teacher):
     """The batches that `moments` were collected on."""
     sched = diffusion.make_schedule(STEPS)
-    advance = jax.jit(lambda where: calibration.advance(NETWORK, teacher, sched, 1.5, where))
-    where = calibration.begin(NETWORK, sched, jax.random.key_data(jax.random.key(3)), jnp.int32(0), 2)
+    advance = jax.jit(lambda where: methods.advance(NETWORK, teacher, sched, 1.5, where))
+    where = methods.begin(NETWORK, sched, jax.random.key_data(jax.random.key(3)), jnp.int32(0), 2)
     batches = []
     for _ in range(STEPS * TRAJECTORIES):
         batch, where = advance(where)
@@ -151,7 +152,7 @@ def test_what_has_no_moments_is_refused(teacher):
         out = linear(x, params["used"]["kernel"], None)
         return out, [out]
 
-    network = calibration.Network(one_linear, (4, 4, 3), 5)
+    network = methods.Network(one_linear, (4, 4, 3), 5)
     eye = {"used": {"kernel": jnp.eye(3)}, "spare": {"kernel": jnp.eye(4)}}
     with pytest.raises(InputError, match="spare/kernel: the network does not use"):
         input_moments(network, eye, ["used/kernel", "spare/kernel"], key=jax.random.key(0), images=1, num_steps=1)

@@ -13,9 +13,10 @@ import pytest
 from models import tiny
 
 import vq4dit_jax as vq
-from vq4dit_jax import calibration, quantization
+from vq4dit_jax import methods
 from vq4dit_jax.errors import InputError
-from vq4dit_jax.models.linear import Linear
+from vq4dit_jax.qarray import quantization
+from vq4dit_jax.qarray.linear import Linear
 
 pytestmark = pytest.mark.once
 
@@ -63,7 +64,7 @@ def test_what_is_loaded_is_what_was_saved(page):
     assert described == about
     assert jax.tree.structure(loaded) == jax.tree.structure(saved) == jax.tree.structure(page.kmeans)
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), loaded, saved)
-    again = calibration.held_out_agreement(page.network, page.params, {"loaded": loaded}, 1.5, jax.random.key(3))
+    again = methods.held_out_agreement(page.network, page.params, {"loaded": loaded}, 1.5, jax.random.key(3))
     assert again["loaded"] == page.found["calibrated"]
 
 
@@ -251,7 +252,7 @@ def test_soft_leaves_are_dequantized_as_their_matmul_computes_and_have_a_gradien
     weight = np.random.default_rng(0).normal(size=(*stack, 8, 12)).astype(np.float32)
     tree = {"blocks": {"kernel": jnp.asarray(weight)}}
     hard = vq.quantize(tree, rules=[(".*", vq.VQSpec(8, 4))], key=jax.random.key(0))
-    soft = calibration.make_student(vq.Recipe(), tree, hard)["blocks"]["kernel"]
+    soft = methods.make_student(vq.Recipe(), tree, hard)["blocks"]["kernel"]
     x = np.random.default_rng(1).normal(size=(5, 8)).astype(np.float32)
 
     def through_dense(logits):
@@ -276,7 +277,7 @@ def test_guidance_is_the_models(page):
     np.testing.assert_allclose(np.asarray(network.guide(out, 1.5)), wanted, atol=1e-6)
     model = vq.DiT(input_size=2, in_channels=4, hidden_size=8, depth=1, num_heads=1, num_classes=10)
     np.testing.assert_array_equal(
-        np.asarray(calibration.as_network(model).guide(out, 1.5)), np.asarray(vq.models.guide(out, 1.5, 4)[:3])
+        np.asarray(methods.as_network(model).guide(out, 1.5)), np.asarray(vq.networks.dit.guide(out, 1.5, 4)[:3])
     )
 
 
@@ -287,4 +288,4 @@ def test_the_block_distance_weighs_blocks_alike():
         for _ in "ab"
     )
     wanted = np.mean([np.square(first["a"] - second["a"]).mean(), np.square(first["b"][0] - second["b"][0]).mean()])
-    assert float(calibration.losses.block_distance(first, second)) == pytest.approx(wanted, rel=1e-6)
+    assert float(methods.losses.block_distance(first, second)) == pytest.approx(wanted, rel=1e-6)

@@ -307,7 +307,7 @@ def test_help_tells_the_keys(capsys):
 
 @pytest.mark.once
 def test_two_blocks_of_xl2_width_go_through_the_whole_pipeline(tmp_path, monkeypatch):
-    from vq4dit_jax.calibration import assess
+    from vq4dit_jax.methods import agreement as assess
 
     monkeypatch.setattr(assess, "HELD_OUT_IMAGES", 1)  # 16 images and 10 steps would be two minutes of this test
     monkeypatch.setattr(assess, "HELD_OUT_STEPS", 1)

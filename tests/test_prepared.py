@@ -14,12 +14,11 @@ from benchmarks.aot import cases
 from pallas_kernels import ops
 from pallas_kernels.weights import PreparedLinear
 from vq4dit_jax.errors import InputError
-from vq4dit_jax.inference import activation_ranges, prepare_for_inference
-from vq4dit_jax.models import DiT, variant
-from vq4dit_jax.models.dit import DiTBlock
-from vq4dit_jax.models.prepared import PreparedBlocks
-from vq4dit_jax.quantization import VQSpec, dit_rules, random_params
-from vq4dit_jax.vq import VQArray, from_codes
+from vq4dit_jax.networks.dit import DiT, DiTBlock, variant
+from vq4dit_jax.networks.inference import activation_ranges, prepare_for_inference
+from vq4dit_jax.networks.prepared import PreparedBlocks
+from vq4dit_jax.qarray.quantization import VQSpec, dit_rules, random_params
+from vq4dit_jax.qarray.vq import VQArray, from_codes
 
 DEPTH, WIDTH, TOKENS, BATCH = 2, 128, 16, 4
 MODEL = DiT(input_size=8, patch_size=2, hidden_size=WIDTH, depth=DEPTH, num_heads=2, num_classes=5, in_channels=3)

@@ -23,7 +23,9 @@ from benchmarks.quality import __main__ as command
 from benchmarks.quality import chart, figures, rows, stages, table, worth
 from convert.facebook import FACEBOOK
 from convert.layout import CONV, LINEAR, POSITIONS
-from vq4dit_jax import baselines, checkpoint, evaluation, generation, pipeline
+from vq4dit_jax import evaluation, methods
+from vq4dit_jax.run import generation, pipeline
+from vq4dit_jax.storage import checkpoint
 
 pytestmark = [pytest.mark.once, needs_tfgan]
 
@@ -34,7 +36,7 @@ from vq4dit_jax.config import cifar10
 def get_config():
     c = cifar10()
     c.model.checkpoint = {checkpoint!r}
-    c.calibration.update(steps=3, batch=2)
+    c.methods.update(steps=3, batch=2)
     c.sample.update(num_images=8, batch=2, steps=2)
     c.evaluation.update(classifier="linear", reference={reference!r})
     short = {{"quantize.kmeans_iterations": 2, "calibration.trajectory_steps": 2, "calibration.save_every": 1}}
@@ -150,7 +152,7 @@ def test_figures_are_those_of_evaluate(finished, network):
 def test_models_are_those_of_their_methods(finished):
     found = {row["name"]: row for row in _read(finished / "table.json")["rows"]}
     assert found["fp"]["size"]["bits_per_quantized_weight"] == 32 and found["fp"]["mean"]["l_d"] == 0
-    counted = baselines.rtn(tiny()[1], 4, 16, other_dtype="float16").sizes
+    counted = methods.rtn(tiny()[1], 4, 16, other_dtype="float16").sizes
     assert found["rtn"]["size"]["bits_per_quantized_weight"] == counted.bits_per_quantized_weight > 4
     for row in found.values():
         size = row["size"]

@@ -17,17 +17,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from vq4dit_jax.errors import InputError
-from vq4dit_jax.reporting import (
-    ReportData,
-    charts,
-    grids,
-    markup,
-    process,
-    progress,
-    write_comparison,
-    write_grid,
-    write_report,
-)
+from vq4dit_jax.progress import progress
+from vq4dit_jax.reporting import ReportData, charts, grids, markup, process, write_comparison, write_grid, write_report
 
 VOID = {"area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "track", "wbr"}
 MODELS = ("fp", "kmeans", "vq4dit")

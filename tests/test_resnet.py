@@ -13,8 +13,8 @@ from safetensors.numpy import load_file
 
 from vq4dit_jax.errors import InputError
 from vq4dit_jax.evaluation import Classifier, extract_features, load_classifier, load_reference
+from vq4dit_jax.evaluation.networks.resnet import CifarResNet
 from vq4dit_jax.files import asset
-from vq4dit_jax.models.resnet import CifarResNet
 
 
 def torch_resnet(depth: int):

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from models import tiny
 
-from vq4dit_jax import diffusion, sampling
+from vq4dit_jax.diffusion import sampling
+from vq4dit_jax.diffusion import schedule as diffusion
 from vq4dit_jax.errors import InputError
-from vq4dit_jax.quantization import quantize
+from vq4dit_jax.qarray.quantization import quantize
 
 LABELS = np.asarray([0, 1, 2, 3, 4, 0, 1])
 KEY = jax.random.key(7)

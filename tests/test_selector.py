@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pallas_kernels import selector, tiles
 from pallas_kernels.selector import Choice, Facts
 from pallas_kernels.weights import ByteWeights, vq_shapes
-from vq4dit_jax.models import DIT_VARIANTS
+from vq4dit_jax.networks.dit import DIT_VARIANTS
 
 DEVICES = {
     "cpu": Facts("cpu"),

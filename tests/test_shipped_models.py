@@ -15,9 +15,9 @@ from PIL import Image
 
 import vq4dit_jax as vq
 from examples import export, objective, train_reference
-from vq4dit_jax import diffusion
-from vq4dit_jax.config import cifar10
+from vq4dit_jax.diffusion import schedule as diffusion
 from vq4dit_jax.files import asset
+from vq4dit_jax.run.config import cifar10
 
 FIRST, LONGER = "dit_cifar10", "dit_cifar10_30epochs"
 RUN = pathlib.Path(__file__).parents[1] / "benchmarks/results/reference_cifar10"

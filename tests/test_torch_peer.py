@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from convert.load import load_pretrained
-from vq4dit_jax import diffusion
+from vq4dit_jax.diffusion import schedule as diffusion
 
 torch = pytest.importorskip("torch", reason="the peer is PyTorch's")
 

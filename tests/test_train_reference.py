@@ -15,9 +15,11 @@ from PIL import Image
 
 import vq4dit_jax as vq
 from examples import data, export, objective, train_reference, training
-from vq4dit_jax import checkpoint, diffusion, sampling
-from vq4dit_jax.calibration.loop import read_log
+from vq4dit_jax.diffusion import sampling
+from vq4dit_jax.diffusion import schedule as diffusion
 from vq4dit_jax.errors import InputError
+from vq4dit_jax.methods.loop import read_log
+from vq4dit_jax.storage import checkpoint
 
 SCHED = diffusion.make_schedule(1000)
 ALPHA = 1 - np.linspace(1e-4, 0.02, 1000)

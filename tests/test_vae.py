@@ -15,10 +15,10 @@ from flax.traverse_util import flatten_dict
 from safetensors.numpy import save_file
 
 from convert.vae import load_vae
-from vq4dit_jax import latents
 from vq4dit_jax.errors import InputError
-from vq4dit_jax.models import vae as vae_module
-from vq4dit_jax.models.vae import AutoencoderKL, attention
+from vq4dit_jax.networks import latents
+from vq4dit_jax.networks import vae as vae_module
+from vq4dit_jax.networks.vae import AutoencoderKL, attention
 
 WIDTHS, LAYERS, GROUPS = (8, 16, 24), 1, 4
 SMALL = AutoencoderKL(block_out_channels=WIDTHS, layers_per_block=LAYERS, norm_num_groups=GROUPS)

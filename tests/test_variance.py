@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from models import tiny
 
-from vq4dit_jax import diffusion
-from vq4dit_jax.calibration import as_network, lasting, losses, trajectory, variance
+from vq4dit_jax.diffusion import schedule as diffusion
+from vq4dit_jax.diffusion import trajectory
+from vq4dit_jax.methods import lasting, losses, variance
+from vq4dit_jax.networks.network import as_network
 
 IMAGES, STEPS, SCALE = 3, 4, 1.5
 C = 4  # of which three are guided

@@ -12,11 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import inputs, tiny
 
-from vq4dit_jax import quantization
 from vq4dit_jax.errors import InputError
-from vq4dit_jax.models import DIT_VARIANTS, DiT
-from vq4dit_jax.quantization import KEEP, VQSpec, dequantize, dit_rules, quantize, sizes
-from vq4dit_jax.vq import VQArray, from_codes, soften, validate
+from vq4dit_jax.networks.dit import DIT_VARIANTS, DiT
+from vq4dit_jax.qarray import quantization
+from vq4dit_jax.qarray.quantization import KEEP, VQSpec, dequantize, dit_rules, quantize, sizes
+from vq4dit_jax.qarray.soft import soften
+from vq4dit_jax.qarray.vq import VQArray, from_codes, validate
 
 
 @st.composite

@@ -15,29 +15,29 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOME = {
-    "DIT_VARIANTS": "vq4dit_jax.models",
-    "DiT": "vq4dit_jax.models",
-    "KEEP": "vq4dit_jax.quantization",
-    "Network": "vq4dit_jax.calibration",
-    "Recipe": "vq4dit_jax.calibration",
-    "VQArray": "vq4dit_jax.vq",
-    "VQSpec": "vq4dit_jax.quantization",
-    "activation_ranges": "vq4dit_jax.inference",
-    "calibrate": "vq4dit_jax.calibration",
-    "dequantize": "vq4dit_jax.quantization",
-    "explain_kernels": "vq4dit_jax.explain",
+    "DIT_VARIANTS": "vq4dit_jax.networks.dit",
+    "DiT": "vq4dit_jax.networks.dit",
+    "KEEP": "vq4dit_jax.qarray.quantization",
+    "Network": "vq4dit_jax.networks.network",
+    "Recipe": "vq4dit_jax.methods.recipe",
+    "VQArray": "vq4dit_jax.qarray.vq",
+    "VQSpec": "vq4dit_jax.qarray.quantization",
+    "activation_ranges": "vq4dit_jax.networks.inference",
+    "calibrate": "vq4dit_jax.methods.loop",
+    "dequantize": "vq4dit_jax.qarray.quantization",
+    "explain_kernels": "vq4dit_jax.networks.explain",
     "load_pretrained": "convert.load",
-    "load_quantized": "vq4dit_jax.checkpoint",
-    "load_safetensors": "vq4dit_jax.checkpoint",
+    "load_quantized": "vq4dit_jax.storage.checkpoint",
+    "load_safetensors": "vq4dit_jax.storage.checkpoint",
     "load_vae": "convert.vae",
-    "prepare_for_inference": "vq4dit_jax.inference",
-    "quantize": "vq4dit_jax.quantization",
-    "sample": "vq4dit_jax.sampling",
-    "save_quantized": "vq4dit_jax.checkpoint",
-    "save_safetensors": "vq4dit_jax.checkpoint",
-    "sizes": "vq4dit_jax.quantization",
+    "prepare_for_inference": "vq4dit_jax.networks.inference",
+    "quantize": "vq4dit_jax.qarray.quantization",
+    "sample": "vq4dit_jax.diffusion.sampling",
+    "save_quantized": "vq4dit_jax.storage.checkpoint",
+    "save_safetensors": "vq4dit_jax.storage.checkpoint",
+    "sizes": "vq4dit_jax.qarray.quantization",
 }
-_MODULES = ("baselines", "calibration", "diffusion", "evaluation", "models", "reporting")
+_MODULES = ("diffusion", "evaluation", "methods", "networks", "qarray", "reporting")
 
 __all__ = [*_HOME, *_MODULES]
 

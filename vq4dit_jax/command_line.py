@@ -5,8 +5,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from vq4dit_jax.errors import InputError, MissingExtraError
-from vq4dit_jax.workdir import is_disk_full
+from vq4dit_jax.errors import InputError, MissingExtraError, is_disk_full
 
 
 class Parser(argparse.ArgumentParser):

@@ -1,5 +1,7 @@
 """Errors a user can mend. `main` prints them in one line and exits with code 2."""
 
+import errno
+
 
 class InputError(ValueError):
     """Bad input: names the parameter or file, what was found, what was wanted, and the remedy.
@@ -18,3 +20,18 @@ class MissingExtraError(ImportError):
         super().__init__(
             f"{purpose} needs the package {package!r}: install it with `pip install 'vq4dit-jax[{extra}]'`"
         )
+
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """Whether an error, or what it came from, says that no more can be written. Orbax says it only in words."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _FULL:
+            return True
+        text = str(error).lower()
+        if any(words in text for words in ("no space left", "disk quota exceeded", "file too large")):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

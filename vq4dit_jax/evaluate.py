@@ -11,21 +11,16 @@ from typing import Any
 
 from absl import logging
 
-from vq4dit_jax import files, provenance, sources
+from vq4dit_jax import files
 from vq4dit_jax.command_line import Parser, exit_code
 from vq4dit_jax.errors import InputError
-from vq4dit_jax.evaluation import (
-    Classifier,
-    Measurement,
-    load_classifier,
-    measure,
-    open_images,
-    open_reference,
-)
+from vq4dit_jax.evaluation import Classifier, Measurement, load_classifier, measure, open_images, open_reference
 from vq4dit_jax.evaluation.images import checksum
 from vq4dit_jax.evaluation.metrics import FIGURES
 from vq4dit_jax.evaluation.precision_recall import NEIGHBOURS
 from vq4dit_jax.evaluation.tfgan import IS_SPLIT, KID_BLOCK
+from vq4dit_jax.run import sources
+from vq4dit_jax.storage import provenance
 
 _DESCRIPTION = """\
 Compares images with real ones and prints strict JSON: fid, sfid, is, kid, precision, recall, fd768 (null where one

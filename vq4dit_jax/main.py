@@ -16,10 +16,11 @@ import sys
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from vq4dit_jax import config as configs
-from vq4dit_jax import files, pipeline
+from vq4dit_jax import files
 from vq4dit_jax.command_line import exit_code
 from vq4dit_jax.errors import InputError
+from vq4dit_jax.run import config as configs
+from vq4dit_jax.run import pipeline
 
 
 def parse(arguments: list[str]) -> tuple[ConfigDict, str]:

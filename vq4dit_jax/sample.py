@@ -13,10 +13,13 @@ import sys
 import jax
 from absl import logging
 
-from vq4dit_jax import generation, inference, provenance, reporting, sources
+from vq4dit_jax import reporting
 from vq4dit_jax.command_line import Parser, exit_code
 from vq4dit_jax.errors import InputError
-from vq4dit_jax.generation import Plan
+from vq4dit_jax.networks import inference
+from vq4dit_jax.run import generation, sources
+from vq4dit_jax.run.generation import Plan
+from vq4dit_jax.storage import provenance
 
 _DESCRIPTION = """\
 Samples images and writes them as ADM's evaluation files are: DIR/samples.npz with arr_0, uint8 (N, H, W, 3), beside it

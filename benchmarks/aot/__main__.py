@@ -17,7 +17,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 from benchmarks import record
 from benchmarks.aot import compiler, sass
-from vq4dit_jax import files, provenance
+from vq4dit_jax import files
+from vq4dit_jax.storage import provenance
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,11 +21,11 @@ from pallas_kernels.mosaic.ln_modulate_quantize import ln_modulate_quantize
 from pallas_kernels.mosaic.matmul import product
 from pallas_kernels.mosaic.soft_decode import soft_decode
 from pallas_kernels.tiles import Tile
-from vq4dit_jax import diffusion
-from vq4dit_jax.inference import prepare_for_inference
-from vq4dit_jax.models import DiT, variant
-from vq4dit_jax.quantization import BITS, random_params
-from vq4dit_jax.vq import from_codes
+from vq4dit_jax.diffusion import schedule as diffusion
+from vq4dit_jax.networks.dit import DiT, variant
+from vq4dit_jax.networks.inference import prepare_for_inference
+from vq4dit_jax.qarray.quantization import BITS, random_params
+from vq4dit_jax.qarray.vq import from_codes
 
 LAYERS, WIDTH, HEADS, IMAGE_TOKENS = 28, 1152, 16, 256
 _S = jax.ShapeDtypeStruct

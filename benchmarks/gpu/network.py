@@ -33,11 +33,11 @@ _STEPS, _STEP = 250, 125
 def _model(pixels: int, dry: bool) -> Any:
     import jax.numpy as jnp
 
-    from vq4dit_jax import models
+    from vq4dit_jax.networks import dit
 
     if dry:
-        return models.DiT(input_size=pixels // 64, hidden_size=128, depth=2, num_heads=2, dtype=jnp.bfloat16)
-    return models.variant("DiT-XL/2", input_size=pixels // 8, dtype=jnp.bfloat16)
+        return dit.DiT(input_size=pixels // 64, hidden_size=128, depth=2, num_heads=2, dtype=jnp.bfloat16)
+    return dit.variant("DiT-XL/2", input_size=pixels // 8, dtype=jnp.bfloat16)
 
 
 def _random_weights(model: Any, codebooks: tuple[int, int] | None) -> dict[str, Any]:
@@ -46,7 +46,7 @@ def _random_weights(model: Any, codebooks: tuple[int, int] | None) -> dict[str, 
     import jax.numpy as jnp
     from flax import traverse_util
 
-    from vq4dit_jax.vq import from_codes
+    from vq4dit_jax.qarray.vq import from_codes
 
     rng = np.random.default_rng(0)
     x = jnp.zeros((1, model.input_size, model.input_size, model.in_channels))
@@ -72,8 +72,8 @@ def ours(variant: str, dry: bool) -> Iterator[Any]:
     import jax
     import jax.numpy as jnp
 
-    from vq4dit_jax import diffusion
-    from vq4dit_jax.inference import prepare_for_inference
+    from vq4dit_jax.diffusion import schedule as diffusion
+    from vq4dit_jax.networks.inference import prepare_for_inference
 
     schedule = diffusion.make_schedule(_STEPS)
     sizes = {pixels: _model(pixels, dry) for pixels in (256, 512)}
@@ -179,7 +179,7 @@ def torchs(mode: str, dry: bool) -> Iterator[Any]:
     import torch
 
     from benchmarks.gpu import torch_dit
-    from vq4dit_jax import diffusion
+    from vq4dit_jax.diffusion import schedule as diffusion
 
     yield timing.READY
     device, small = ("cpu", dict(width=128, depth=2, heads=2)) if dry else ("cuda", {})

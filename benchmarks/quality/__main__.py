@@ -29,9 +29,10 @@ from absl import logging
 from benchmarks import record
 from benchmarks.quality import chart, figures, stages, table
 from benchmarks.quality.rows import Case, Table, cases, load_table
-from vq4dit_jax import files, provenance
+from vq4dit_jax import files
 from vq4dit_jax.command_line import Parser, exit_code
 from vq4dit_jax.errors import InputError
+from vq4dit_jax.storage import provenance
 
 _DEVICES = "--xla_force_host_platform_device_count"
 

@@ -7,8 +7,8 @@ Costs: on two CPU cores that have nothing else to do, 25 minutes of sampling a r
 """
 
 from benchmarks.quality.rows import Row, Table
-from vq4dit_jax.baselines import codebook_only, dkm
-from vq4dit_jax.config import cifar10
+from vq4dit_jax.methods import codebook_only, dkm
+from vq4dit_jax.run.config import cifar10
 
 OURS = "configs/cifar10_w2.py"
 OURS_FINE = "configs/cifar10_w3.py"

@@ -7,10 +7,12 @@ from typing import Any
 
 import jax
 
-from vq4dit_jax import baselines, calibration, checkpoint, quantization
-from vq4dit_jax import config as configs
-from vq4dit_jax.calibration.moments import input_moments
-from vq4dit_jax.pipeline import TRAJECTORIES, Pipeline
+from vq4dit_jax import methods
+from vq4dit_jax.methods.moments import input_moments
+from vq4dit_jax.qarray import quantization
+from vq4dit_jax.run import config as configs
+from vq4dit_jax.run.pipeline import TRAJECTORIES, Pipeline
+from vq4dit_jax.storage import checkpoint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +53,7 @@ def vq4dit(run: Pipeline, bits: float, group: int | None) -> Made:
     run.quantize()
     run.calibrate()
     _, params, _ = checkpoint.load_quantized(run.dir.calibration / "hard")
-    steps = calibration.read_log(run.dir.log)
+    steps = methods.read_log(run.dir.log)
     seconds = {"quantize": run.dir.done()["quantize"], "calibrate": sum(line["seconds"] for line in steps)}
     return Made(params, quantization.sizes(params), seconds)
 
@@ -60,7 +62,7 @@ def dkm(run: Pipeline, bits: float, group: int | None) -> Made:
     run.quantize()
     model, teacher = run.teacher
     begun = time.perf_counter()
-    params, _ = baselines.dkm.calibrate(
+    params, _ = methods.dkm.calibrate(
         model, teacher, run.kmeans, key=run.key(TRAJECTORIES), recipe=configs.recipe(run.config)
     )
     params = jax.block_until_ready(params)
@@ -70,7 +72,7 @@ def dkm(run: Pipeline, bits: float, group: int | None) -> Made:
 
 def round_to_nearest(run: Pipeline, bits: float, group: int | None) -> Made:
     begun = time.perf_counter()
-    made = baselines.rtn(run.teacher[1], int(bits), group, other_dtype=run.config.quantize.other_dtype)
+    made = methods.rtn(run.teacher[1], int(bits), group, other_dtype=run.config.quantize.other_dtype)
     return Made(made.params, made.sizes, {"quantize": time.perf_counter() - begun})
 
 
@@ -88,7 +90,7 @@ def gptq(run: Pipeline, bits: float, group: int | None) -> Made:
         cfg_scale=c.cfg_scale,
     )
     second = {path: found.second for path, found in moments.items()}
-    made = baselines.gptq(teacher, second, int(bits), group, other_dtype=run.config.quantize.other_dtype)
+    made = methods.gptq(teacher, second, int(bits), group, other_dtype=run.config.quantize.other_dtype)
     return Made(made.params, made.sizes, {"quantize": time.perf_counter() - begun})
 
 

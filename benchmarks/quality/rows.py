@@ -12,10 +12,10 @@ import jax
 from ml_collections import ConfigDict
 
 from benchmarks.quality.methods import METHODS
-from vq4dit_jax import config as configs
 from vq4dit_jax import files
 from vq4dit_jax.errors import InputError
-from vq4dit_jax.quantization import BITS
+from vq4dit_jax.qarray.quantization import BITS
+from vq4dit_jax.run import config as configs
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,13 +17,16 @@ import numpy as np
 from benchmarks import record
 from benchmarks.quality.methods import METHODS
 from benchmarks.quality.rows import Case
-from vq4dit_jax import checkpoint, files, generation, provenance, quantization, sources
-from vq4dit_jax import config as configs
-from vq4dit_jax.calibration import held_out_agreement
+from vq4dit_jax import files
 from vq4dit_jax.errors import InputError
-from vq4dit_jax.pipeline import HELD_OUT, SAMPLES, Pipeline
+from vq4dit_jax.methods.agreement import held_out_agreement
+from vq4dit_jax.qarray import quantization
 from vq4dit_jax.reporting.markup import figure
-from vq4dit_jax.workdir import Workdir
+from vq4dit_jax.run import config as configs
+from vq4dit_jax.run import generation, sources
+from vq4dit_jax.run.pipeline import HELD_OUT, SAMPLES, Pipeline
+from vq4dit_jax.run.workdir import Workdir
+from vq4dit_jax.storage import checkpoint, provenance
 
 COMPARED = 340
 """Images of each seed that are compared with full precision's, which are kept for that: `first.npz`, 1 MB of CIFAR's size."""

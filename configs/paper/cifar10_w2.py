@@ -5,11 +5,11 @@ benchmarks/results/quality_cifar10/table.md says what it gave, with 500 steps of
 
 from ml_collections import ConfigDict
 
-from vq4dit_jax.calibration.recipe import PAPER
-from vq4dit_jax.config import cifar10
+from vq4dit_jax.methods.recipe import PAPER
+from vq4dit_jax.run.config import cifar10
 
 
 def get_config() -> ConfigDict:
     c = cifar10()
-    c.calibration.update(PAPER)
+    c.methods.update(PAPER)
     return c.lock()

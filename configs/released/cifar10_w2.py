@@ -5,11 +5,11 @@ benchmarks/results/quality_cifar10/table.md says what it gave.
 
 from ml_collections import ConfigDict
 
-from vq4dit_jax.calibration.recipe import RELEASED
-from vq4dit_jax.config import cifar10
+from vq4dit_jax.methods.recipe import RELEASED
+from vq4dit_jax.run.config import cifar10
 
 
 def get_config() -> ConfigDict:
     c = cifar10()
-    c.calibration.update(RELEASED)
+    c.methods.update(RELEASED)
     return c.lock()

@@ -14,11 +14,11 @@ from jaxtyping import Float
 from safetensors.numpy import load_file
 from tqdm import tqdm
 
-from vq4dit_jax import provenance
 from vq4dit_jax.errors import InputError
+from vq4dit_jax.evaluation.networks.inception import Inception
+from vq4dit_jax.evaluation.networks.resnet import CifarResNet
 from vq4dit_jax.files import asset
-from vq4dit_jax.models.inception import Inception
-from vq4dit_jax.models.resnet import CifarResNet
+from vq4dit_jax.storage import provenance
 
 _INCEPTION = "inception:"
 # Images in a compiled batch of Inception. On a CPU few, so that activations stay in its cache: on two Zen 3 cores an image

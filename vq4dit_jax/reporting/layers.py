@@ -6,8 +6,8 @@ import flax.traverse_util
 import numpy as np
 
 import pallas_kernels
-from vq4dit_jax.quantization import block_path, matrices
-from vq4dit_jax.vq import VQArray
+from vq4dit_jax.qarray.quantization import block_path, matrices
+from vq4dit_jax.qarray.vq import VQArray
 
 
 def layer_table(teacher: Any, kmeans: Any, packed: Any) -> list[dict[str, Any]]:

@@ -1,0 +1,1 @@
+"""Mathematics of uniform integer grids on arrays: grids, rounding, the recursion of GPTQ."""

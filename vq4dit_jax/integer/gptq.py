@@ -1,0 +1,112 @@
+"""GPTQ (Frantar et al. 2023, arXiv 2210.17323): columns are rounded one after the other, the rest makes up for the error.
+
+For tr((W - Q) H (W - Q)^T), H the second moments of the inputs, and U upper triangular with H^-1 = U^T U (algorithm 1):
+
+    q_j = nearest point of column j's grid to w_j
+    e_j = (w_j - q_j) / U_jj
+    w_k -= U_jk e_j    for the columns k > j that are yet to be rounded
+
+With H dampened by a share of its mean diagonal, the error of a row is then sum_j e_j^2. The columns go by in the order of
+falling H_jj (act-order) and in blocks; the later blocks get all of a block's updates in one product. Grids are those of W
+before any update (static groups), which is what makes them independent of the order.
+
+Rows do not depend on each other, so each takes, of several clipped grids, the one with the least error of its own.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.linalg
+from jaxtyping import Array, Float
+
+from vq4dit_jax.integer.grids import Grid, fit_grid, quantize, spread
+
+DAMPENING = 0.01
+SHARES = (1.0, 0.9, 0.8, 0.7, 0.6)
+"""Shares of the range that a row chooses its grids from."""
+_BLOCK = 128
+
+
+def inverse_factor(moments: Float[np.ndarray, "I I"], dampening: float = DAMPENING) -> Float[np.ndarray, "I I"]:
+    """U, upper triangular with U^T U = (H + dampening mean(diag H) 1)^-1, in float64.
+
+    With H = R R^T, R upper triangular, U is R^-1: one factorization, and no inverse of H.
+    """
+    h = np.array(moments, np.float64)
+    diagonal = np.einsum("ii->i", h)  # a view
+    mean = diagonal.mean()
+    diagonal[diagonal <= 0] = mean or 1.0  # an input that is always 0
+    diagonal += dampening * mean
+    r = np.linalg.cholesky(h[::-1, ::-1])[::-1, ::-1]
+    return scipy.linalg.solve_triangular(r, np.eye(len(h)))
+
+
+@functools.partial(jax.jit, static_argnames=("bits", "block"))
+def round_columns(
+    weight: Float[Array, "O I"], factor: Float[Array, "I I"], grid: Grid, bits: int, block: int = _BLOCK
+) -> tuple[Float[Array, "O I"], Float[Array, " O"]]:
+    """(Q, error of each row) for columns in their order, U and the grid of every weight (`uniform.spread`)."""
+    rows, columns = weight.shape
+    block = min(block, columns)
+    missing = -columns % block
+    # Columns first, because they are what is read and written; the last block is filled up with columns of zeros.
+    pad = lambda a: jnp.pad(a.T, ((0, missing), (0, 0)))
+    u = jnp.pad(factor, ((0, missing), (0, missing))) + jnp.diag(
+        (jnp.arange(columns + missing) >= columns).astype(jnp.float32)
+    )
+    scale, zero = pad(grid.scale), pad(grid.zero)
+
+    def next_block(start, state):
+        rest, rounded, total = state
+        cut = lambda a: jax.lax.dynamic_slice_in_dim(a, start * block, block)
+        across = cut(u)
+        within = jax.lax.dynamic_slice_in_dim(across, start * block, block, axis=1)
+        s, z = cut(scale), cut(zero)
+
+        def next_column(j, state):
+            w, q, e = state
+            q_j = s[j] * (quantize(w[j], s[j], z[j], bits) - z[j])
+            e_j = (w[j] - q_j) / within[j, j]
+            return w - within[j][:, None] * e_j[None], q.at[j].set(q_j), e.at[j].set(e_j)
+
+        empty = jnp.zeros((block, rows))
+        _, q, e = jax.lax.fori_loop(0, block, next_column, (cut(rest), empty, empty))
+        # Earlier columns of `across` are 0, this block's are done with: what is left in them is not read again.
+        rest = rest - jnp.matmul(across.T, e, precision=jax.lax.Precision.HIGHEST)
+        rounded = jax.lax.dynamic_update_slice_in_dim(rounded, q, start * block, 0)
+        return rest, rounded, total + jnp.square(e).sum(0)
+
+    start = (pad(weight), jnp.zeros((columns + missing, rows)), jnp.zeros(rows))
+    _, rounded, total = jax.lax.fori_loop(0, (columns + missing) // block, next_block, start)
+    return rounded[:columns].T, total
+
+
+def quantize_weight(
+    weight: Float[Array, "O I"],
+    moments: Float[np.ndarray, "I I"],
+    bits: int,
+    group: int | None = None,
+    kind: str = "asymmetric",
+    shares: tuple[float, ...] = SHARES,
+    act_order: bool = True,
+    dampening: float = DAMPENING,
+) -> Float[Array, "O I"]:
+    """Q for a weight and the second moments of its inputs; grids as in `uniform.fit_grid`.
+
+    shares: of the ranges, for each row to choose one from; (1.0,) for none. act_order: False for the order of the inputs.
+    """
+    columns = weight.shape[1]
+    order = np.argsort(-np.diagonal(moments), kind="stable") if act_order else np.arange(columns)
+    factor = jnp.asarray(inverse_factor(moments[np.ix_(order, order)], dampening), jnp.float32)
+    best, least = None, None
+    for share in shares:
+        grid = spread(fit_grid(weight, bits, group, kind, (share,)), columns, group)
+        found, error = round_columns(weight[:, order], factor, Grid(*(a[:, order] for a in grid)), bits)
+        if best is None:
+            best, least = found, error
+            continue
+        best = jnp.where((error < least)[:, None], found, best)
+        least = jnp.minimum(error, least)
+    return best[:, np.argsort(order)]

@@ -1,0 +1,1 @@
+"""Networks in flax.linen, and what each says of itself."""

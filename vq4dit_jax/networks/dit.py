@@ -1,0 +1,325 @@
+"""Diffusion Transformer (Peebles & Xie 2023, arXiv 2212.09748), named parameter for parameter as its checkpoints.
+
+One module serves the full-precision teacher, the student in calibration and the packed model: only the leaves of
+the parameter tree differ (see `linear.py`). Blocks are stacked on a leading axis and scanned, so XL/2 compiles as
+fast as one block, and a quantized block is decoded only while it runs.
+
+Images are NHWC in model space: C = 4 latents or C = 3 pixels.
+"""
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Num
+
+from pallas_kernels import ops
+from vq4dit_jax.networks import prepared
+from vq4dit_jax.networks.prepared import PreparedBlocks
+from vq4dit_jax.qarray.linear import Linear, leaf
+from vq4dit_jax.qarray.stack import split_runs
+
+_SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
+DIT_VARIANTS: dict[str, dict[str, int]] = {
+    f"DiT-{size}/{patch}": dict(depth=depth, hidden_size=width, num_heads=heads, patch_size=patch)
+    for size, (depth, width, heads) in _SIZES.items()
+    for patch in (2, 4, 8)
+}
+_NUM_FREQUENCIES = 128
+_NORM_EPS = 1e-6
+
+
+def layer_norm(x: Float[Array, "B T D"], eps: float) -> Float[Array, "B T D"]:
+    """LayerNorm without weights; statistics in float32."""
+    wide = x.astype(jnp.float32)
+    centred = wide - wide.mean(-1, keepdims=True)
+    return (centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + eps)).astype(x.dtype)
+
+
+def modulate(x: Float[Array, "B T D"], shift: Float[Array, "B D"], scale: Float[Array, "B D"]) -> Float[Array, "B T D"]:
+    return x * (1 + scale[:, None, :]) + shift[:, None, :]
+
+
+def sincos_positions(grid: int, features: int) -> Float[np.ndarray, "T D"]:
+    """Fixed 2D sine-cosine position embedding, x in the first half of the features, y in the second."""
+    frequencies = 1 / 10000 ** (np.arange(features // 4, dtype=np.float64) / (features / 4))
+    y, x = np.meshgrid(np.arange(grid, dtype=np.float64), np.arange(grid, dtype=np.float64), indexing="ij")
+    angles = [np.outer(axis.reshape(-1), frequencies) for axis in (x, y)]
+    return np.concatenate([f(a) for a in angles for f in (np.sin, np.cos)], axis=1).astype(np.float32)
+
+
+class PatchEmbed(nn.Module):
+    """Non-overlapping p x p patches to tokens; `kernel` (p, p, C, D)."""
+
+    patch_size: int
+    features: int
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B T D"]:
+        conv = nn.Conv(
+            self.features, (self.patch_size,) * 2, strides=self.patch_size, padding="VALID", dtype=x.dtype, name="proj"
+        )
+        return conv(x).reshape(x.shape[0], -1, self.features)
+
+
+class TimestepMLP(nn.Module):
+    features: int
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B F"]) -> Float[Array, "B D"]:
+        x = Linear(self.features, nn.initializers.normal(0.02), name="0")(x)
+        return Linear(self.features, nn.initializers.normal(0.02), name="2")(nn.silu(x))
+
+
+class TimestepEmbedder(nn.Module):
+    """Sinusoids of t, cosines first, then an MLP. diffusers' layout divides the exponent by `half - 1` (freq_shift=1)."""
+
+    features: int
+    freq_shift: int = 0
+
+    @nn.compact
+    def __call__(self, t: Num[Array, " B"], dtype: Any) -> Float[Array, "B D"]:
+        # Rounded to float32 where the reference rounds: at t = 999 an exact exponent would differ by 1e-5.
+        exponent = np.float32(-math.log(10000)) * np.arange(_NUM_FREQUENCIES, dtype=np.float32)
+        exponent = exponent / np.float32(_NUM_FREQUENCIES - self.freq_shift)
+        frequencies = np.exp(exponent.astype(np.float64)).astype(np.float32)
+        angles = t.astype(jnp.float32)[:, None] * frequencies[None]
+        x = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+        return TimestepMLP(self.features, name="mlp")(x.astype(dtype))
+
+
+class LabelEmbedder(nn.Module):
+    """A row per class, and one more, index num_classes, for the null label of guidance."""
+
+    num_classes: int
+    features: int
+
+    @nn.compact
+    def __call__(self, y: Int[Array, " B"], dtype: Any) -> Float[Array, "B D"]:
+        init = nn.initializers.normal(0.02)
+        table = nn.Embed(self.num_classes + 1, self.features, embedding_init=init, dtype=dtype, name="embedding_table")
+        return table(y)
+
+
+class Modulation(nn.Module):
+    """adaLN: SiLU and a Linear from the conditioning to all shifts, scales and gates."""
+
+    features: int
+
+    @nn.compact
+    def __call__(self, c: Float[Array, "B D"]) -> Float[Array, "B C"]:
+        return Linear(self.features, nn.initializers.zeros, name="1")(nn.silu(c))
+
+
+class Attention(nn.Module):
+    num_heads: int
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        batch, tokens, width = x.shape
+        qkv = Linear(3 * width, name="qkv")(x).reshape(batch, tokens, 3, self.num_heads, width // self.num_heads)
+        out = ops.attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
+        return Linear(width, name="proj")(out.reshape(batch, tokens, width))
+
+
+class Mlp(nn.Module):
+    hidden: int
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        return Linear(x.shape[-1], name="fc2")(nn.gelu(Linear(self.hidden, name="fc1")(x), approximate=True))
+
+
+class DiTBlock(nn.Module):
+    """adaLN-Zero block: x + gate * f(modulate(norm(x))) for attention, then for the MLP.
+
+    `modulation` (B, 6D), where given, is used instead of computing it from c.
+    """
+
+    num_heads: int
+    mlp_ratio: float
+    norm2_eps: float
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B T D"], c: Float[Array, "B D"], modulation: Float[Array, "B C"] | None = None
+    ) -> Float[Array, "B T D"]:
+        width = x.shape[-1]
+        chunks = Modulation(6 * width, name="adaLN_modulation")(c) if modulation is None else modulation
+        shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(chunks, 6, axis=-1)
+        h = Attention(self.num_heads, name="attn")(modulate(layer_norm(x, _NORM_EPS), shift1, scale1))
+        x = x + gate1[:, None, :] * h
+        h = Mlp(int(self.mlp_ratio * width), name="mlp")(modulate(layer_norm(x, self.norm2_eps), shift2, scale2))
+        return x + gate2[:, None, :] * h
+
+
+class FinalLayer(nn.Module):
+    features: int
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"], c: Float[Array, "B D"]) -> Float[Array, "B T F"]:
+        shift, scale = jnp.split(Modulation(2 * x.shape[-1], name="adaLN_modulation")(c), 2, axis=-1)
+        return Linear(self.features, nn.initializers.zeros, name="linear")(
+            modulate(layer_norm(x, _NORM_EPS), shift, scale)
+        )
+
+
+class DiT(nn.Module):
+    """The network: x (B, H, W, C), t (B,), y (B,) -> (B, H, W, 2C), noise prediction and variance interpolation.
+
+    With learn_sigma=False the output is (B, H, W, C). `dtype` is that of the computation; parameters may be stored
+    in any. `freq_shift` and `norm2_eps` differ in checkpoints made for diffusers' own module. `remat` recomputes
+    each block in a backward pass.
+    """
+
+    input_size: int = 32
+    patch_size: int = 2
+    in_channels: int = 4
+    hidden_size: int = 1152
+    depth: int = 28
+    num_heads: int = 16
+    mlp_ratio: float = 4.0
+    num_classes: int = 1000
+    learn_sigma: bool = True
+    freq_shift: int = 0
+    norm2_eps: float = _NORM_EPS
+    dtype: Any = jnp.float32
+    remat: bool = False
+
+    @property
+    def out_channels(self) -> int:
+        return self.in_channels * (2 if self.learn_sigma else 1)
+
+    @property
+    def grid(self) -> int:
+        return self.input_size // self.patch_size
+
+    def setup(self) -> None:
+        self.x_embedder = PatchEmbed(self.patch_size, self.hidden_size)
+        self.pos_embed = self.param("pos_embed", lambda _: jnp.asarray(sincos_positions(self.grid, self.hidden_size)))
+        self.t_embedder = TimestepEmbedder(self.hidden_size, self.freq_shift)
+        self.y_embedder = LabelEmbedder(self.num_classes, self.hidden_size)
+        self._block = DiTBlock(self.num_heads, self.mlp_ratio, self.norm2_eps, parent=None)
+        # In a function, because Flax takes apart the dicts and tuples that a module's attributes are.
+        blocks = leaf(self, "blocks", self._init_blocks)
+        self._blocks = lambda: blocks
+        self.final_layer = FinalLayer(self.patch_size**2 * self.out_channels)
+
+    def __call__(
+        self,
+        x: Float[Array, "B H W C"],
+        t: Num[Array, " B"],
+        y: Int[Array, " B"],
+        return_blocks: bool = False,
+        modulations: Any = None,
+    ) -> Any:
+        """Noise prediction; with `return_blocks` also the outputs of the blocks (L, B, T, D), for L_d (eq 8).
+
+        `modulations`: what the method of that name gave for the same (t, y); computed where left out.
+        """
+        c = self.conditioning(t, y)
+        tokens, outputs = self._tokens(x), []
+        for i, run in enumerate(self._runs()):
+            given = None if modulations is None else modulations[i]
+            tokens, out, _ = self._run(run, tokens, c, given, return_blocks)
+            outputs.append(out)
+        image = self._unpatchify(self.final_layer(tokens, c))
+        return (image, jnp.concatenate(outputs)) if return_blocks else image
+
+    def conditioning(self, t: Num[Array, " B"], y: Int[Array, " B"]) -> Float[Array, "B D"]:
+        """c, the sum of the embeddings of time step and class: all that adaLN reads."""
+        return self.t_embedder(t, self.dtype) + self.y_embedder(y, self.dtype)
+
+    def modulations(self, t: Num[Array, " B"], y: Int[Array, " B"]) -> tuple[jax.Array, ...]:
+        """Shifts, scales and gates of every run of equal blocks: (L, B, 6D), or (B, L * 6D) of prepared blocks.
+
+        They depend on (t, y) alone, so a sampler can compute them once for all its steps.
+        """
+        c = self.conditioning(t, y)
+        return tuple(self._modulation(run, c) for run in self._runs())
+
+    def ranges(
+        self, x: Float[Array, "B H W C"], t: Num[Array, " B"], y: Int[Array, " B"]
+    ) -> dict[str, Float[Array, " L"]]:
+        """The largest magnitudes of what each prepared block's proj and fc2 read."""
+        c, tokens, ranges = self.conditioning(t, y), self._tokens(x), []
+        for run in self._runs():
+            tokens, _, found = self._run(run, tokens, c, None, True)
+            ranges.append(found)
+        return jax.tree.map(lambda *parts: jnp.concatenate(parts), *ranges)
+
+    def _runs(self) -> list[Any]:
+        """Runs of equal blocks, in order: prepared ones, or stacked parameters."""
+        blocks = self._blocks()
+        if isinstance(blocks, dict):
+            return split_runs(blocks)
+        return list(blocks) if isinstance(blocks, tuple) else [blocks]
+
+    def _tokens(self, x: Float[Array, "B H W C"]) -> Float[Array, "B T D"]:
+        return self.x_embedder(x.astype(self.dtype)) + self.pos_embed.astype(self.dtype)[None]
+
+    def _modulation(self, run: Any, c: Float[Array, "B D"]) -> jax.Array:
+        if isinstance(run, PreparedBlocks):
+            return prepared.modulation(run, nn.silu(c))
+        one = Modulation(6 * self.hidden_size, parent=None)
+        apply = lambda _, p: (None, one.apply({"params": p}, c))
+        return jax.lax.scan(apply, None, run["adaLN_modulation"])[1]
+
+    def _run(self, run: Any, tokens: jax.Array, c: jax.Array, modulation: Any, look: bool) -> tuple[Any, Any, Any]:
+        """A run of equal blocks: tokens, and where `look` is set outputs of all blocks and ranges of prepared ones."""
+        if isinstance(run, PreparedBlocks):
+            given = self._modulation(run, c) if modulation is None else modulation
+            how = dict(num_heads=self.num_heads, eps=(_NORM_EPS, self.norm2_eps))
+            if look:
+                out = prepared.run_and_look(run, tokens, given, **how)
+                return out[0].astype(self.dtype), out[1].astype(self.dtype), out[2]
+            return prepared.run(run, tokens, given, **how).astype(self.dtype), None, None
+        apply = lambda p, tokens, m: self._block.apply({"params": p}, tokens, c, m)
+        apply = jax.checkpoint(apply) if self.remat else apply
+        step = lambda tokens, p: (out := apply(p[0], tokens, p[1]), out if look else None)
+        return *jax.lax.scan(step, tokens, (run, modulation)), None
+
+    def forward_with_cfg(
+        self,
+        x: Float[Array, "B H W C"],
+        t: Num[Array, " B"],
+        y: Int[Array, " B"],
+        cfg_scale: Any,
+        modulations: Any = None,
+    ) -> Float[Array, "B H W F"]:
+        """Classifier-free guidance as in the reference: x = [z, z], y = [labels, null]; only the first half of x is read.
+
+        The guided noise prediction stands in both halves of the output, the rest is each half's own. Of C = 4
+        latents only the first three channels are guided: the published figures were made that way.
+        """
+        half = x[: x.shape[0] // 2]
+        out = self(jnp.concatenate([half, half]), t, y, modulations=modulations)
+        return guide(out, cfg_scale, self.in_channels)
+
+    def _init_blocks(self, key: jax.Array) -> Any:
+        tokens, c = jnp.zeros((1, self.grid**2, self.hidden_size)), jnp.zeros((1, self.hidden_size))
+        return jax.vmap(lambda k: self._block.init(k, tokens, c)["params"])(jax.random.split(key, self.depth))
+
+    def _unpatchify(self, patches: Float[Array, "B T F"]) -> Float[Array, "B H W C"]:
+        grid, p = self.grid, self.patch_size
+        x = patches.reshape(-1, grid, grid, p, p, self.out_channels)
+        return x.transpose(0, 1, 3, 2, 4, 5).reshape(-1, grid * p, grid * p, self.out_channels)
+
+
+def guide(output: Float[Array, "B H W F"], cfg_scale: Any, in_channels: int) -> Float[Array, "B H W F"]:
+    """eps_null + s (eps_label - eps_null) for an output whose first half has the labels and second half the null."""
+    guided_channels = 3 if in_channels == 4 else in_channels
+    eps, rest = output[..., :guided_channels], output[..., guided_channels:]
+    cond, null = jnp.split(eps, 2)
+    guided = null + jnp.asarray(cfg_scale, output.dtype) * (cond - null)
+    return jnp.concatenate([jnp.concatenate([guided, guided]), rest], axis=-1)
+
+
+def variant(name: str, **overrides: Any) -> DiT:
+    """`variant("DiT-XL/2", input_size=64)`; KeyError names the known ones."""
+    if name not in DIT_VARIANTS:
+        raise KeyError(f"no variant {name!r}; known: {', '.join(DIT_VARIANTS)}")
+    return DiT(**{**DIT_VARIANTS[name], **overrides})

@@ -1,0 +1,236 @@
+"""From a quantized (or dense) DiT to one that runs from packed weights: fragment order, 8-bit operands, scales."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from pallas_kernels import nibbles
+from pallas_kernels.weights import ByteWeights, NibbleWeights, PreparedLinear, pair_rows, vq_weights
+from vq4dit_jax.diffusion import schedule as diffusion
+from vq4dit_jax.diffusion.sampling import INITIAL, STEPS, guided, image_keys, noise
+from vq4dit_jax.errors import InputError
+from vq4dit_jax.networks.dit import DiT
+from vq4dit_jax.networks.prepared import PreparedBlocks
+from vq4dit_jax.qarray.quantization import joined
+from vq4dit_jax.qarray.soft import SoftVQArray
+from vq4dit_jax.qarray.stack import split_runs
+from vq4dit_jax.qarray.vq import VQArray
+
+ACTIVATIONS = {None: jnp.bfloat16, "int8": jnp.int8, "e4m3": jnp.float8_e4m3fn}
+WEIGHTS = (None, "int8", "int4")
+_LIMIT = {jnp.dtype(jnp.int8): 127.0, jnp.dtype(jnp.float8_e4m3fn): 448.0}
+_RANGES = ("attn/proj", "mlp/fc2")
+"""Layers whose operands are quantized with a fixed scale."""
+_ADALN_TABLE_BYTES = 32768
+"""The launch for adaLN has few tokens, so loads from the codebook are what takes its time: 16 copies of each codeword."""
+
+
+def prepare_for_inference(
+    params: Any,
+    activations: str | None = None,
+    *,
+    weights: str | None = None,
+    ranges: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """A DiT's parameters with blocks that run from packed weights; `model.apply` takes them, gradients are off.
+
+    Args:
+      params: packed (`quantize`, `load_quantized`) where `weights` is None; else dense.
+      activations: None for bfloat16, "int8" or "e4m3" for 8 bits: by token before every Linear, where codebooks are
+        8 bits too with a scale each (W2A8, W3A8).
+      weights: "int8" (a scale for each row: W8A8) or "int4" (a scale for each row and 128 inputs: W4A8), with
+        `activations` of "int8"; ViDiT-Q, arXiv 2406.02540.
+      ranges: of `activation_ranges`; then what proj and fc2 read is quantized where it is made, with a fixed scale for
+        each layer. Without them it is written in bfloat16 and read again, to quantize by token.
+
+    Everything outside the blocks becomes bfloat16. The result is for running only: it is no format, files hold `params`.
+    Raises InputError where a combination has no form, or blocks are not those of a DiT.
+    """
+    if activations not in ACTIVATIONS:
+        raise InputError(f"activations={activations!r}: wanted None, 'int8' or 'e4m3'")
+    if weights not in WEIGHTS:
+        raise InputError(f"weights={weights!r}: wanted None (packed codebooks), 'int8' or 'int4'")
+    if weights and activations != "int8":
+        raise InputError(f"weights={weights!r} go with activations='int8', not {activations!r}")
+    if ranges is not None and activations is None:
+        raise InputError("ranges are of 8-bit activations; give activations='int8' or 'e4m3', or leave ranges out")
+    blocks = params.get("blocks") if isinstance(params, Mapping) else None
+    if not isinstance(blocks, Mapping) or {"attn", "mlp", "adaLN_modulation"} - set(blocks):
+        raise InputError(
+            "params hold no blocks of a DiT (attn, mlp, adaLN_modulation); prepared ones cannot be prepared again"
+        )
+    depth = sum(run["attn"]["qkv"]["bias"].shape[0] for run in split_runs(blocks))
+    if ranges is not None and {name: np.shape(v) for name, v in ranges.items()} != dict.fromkeys(_RANGES, (depth,)):
+        raise InputError(f"ranges: wanted {' and '.join(_RANGES)} with an entry for each of the {depth} blocks")
+    dtype, runs, first = jnp.dtype(ACTIVATIONS[activations]), [], 0
+    for run in split_runs(blocks):
+        depth = run["attn"]["qkv"]["bias"].shape[0]
+        own = (
+            None if ranges is None else {k: np.asarray(v, np.float32)[first : first + depth] for k, v in ranges.items()}
+        )
+        runs.append(_prepare_run(run, dtype, weights, own))
+        first += depth
+    kept = {
+        name: jax.tree.map(lambda a: jnp.asarray(a, jnp.bfloat16), leaf)
+        for name, leaf in params.items()
+        if name != "blocks"
+    }
+    return {**kept, "blocks": runs[0] if len(runs) == 1 else tuple(runs)}
+
+
+def activation_ranges(
+    model: DiT,
+    params: Any,
+    *,
+    key: jax.Array,
+    weights: str | None = None,
+    images: int = 16,
+    num_steps: int = 10,
+    cfg_scale: float = 1.5,
+) -> dict[str, Float[np.ndarray, " L"]]:
+    """The largest magnitudes that proj and fc2 of each block read while the model samples from noise: zero data.
+
+    `images` random classes, DDPM in `num_steps` steps with guidance; the model itself, prepared without ranges, makes the
+    trajectory. Arguments as those of `prepare_for_inference` and `sample`.
+    """
+    prepared = prepare_for_inference(params, "int8" if weights else None, weights=weights)
+    labels_key, noise_key = jax.random.split(key)
+    labels = jax.random.randint(labels_key, (images,), 0, model.num_classes, jnp.int32)
+    sched = diffusion.make_schedule(num_steps)
+    shape = (model.input_size, model.input_size, model.in_channels)
+    keys = image_keys(noise_key, np.arange(images))
+
+    @jax.jit
+    def advance(x: jax.Array, i: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        t = sched.timesteps[i]
+        y = jnp.concatenate([labels, jnp.full_like(labels, model.num_classes)])
+        both, ts = jnp.concatenate([x, x]), jnp.full((2 * images,), t, jnp.int32)
+        seen = model.apply({"params": prepared}, both, ts, y, method="ranges")
+        output = guided(model, prepared, x, t, labels, cfg_scale)
+        return diffusion.ddpm_step(sched, i, x, output, noise(keys, STEPS, i, shape)), seen
+
+    x, found = noise(keys, INITIAL, 0, shape), []
+    for i in reversed(range(num_steps)):
+        x, seen = advance(x, jnp.int32(i))
+        found.append(seen)
+    return {name: np.max([np.asarray(seen[name]) for seen in found], axis=0) for name in _RANGES}
+
+
+def for_sampling(model: DiT, params: Any, activations: str, cfg_scale: float) -> Any:
+    """`params` in the form that runs `activations` fastest: "float32" (as they are; leaves in parts are decoded, see
+    `quantization.joined`), "bfloat16", "int8" or "e4m3".
+
+    Packed weights stay packed. Dense ones become 8-bit integers, and take "int8" alone. Ranges are sampled with a fixed
+    key, so that a recipe makes the same images wherever it runs.
+    """
+    if activations == "float32":
+        return joined(params)
+    if activations not in ("bfloat16", "int8", "e4m3"):
+        raise InputError(f"activations={activations}: wanted float32, bfloat16, int8 or e4m3")
+    packed = any(
+        isinstance(leaf, VQArray) for leaf in jax.tree.leaves(params, is_leaf=lambda n: isinstance(n, VQArray))
+    )
+    if not packed and activations != "int8":
+        raise InputError(f"activations={activations}: weights in full precision take float32 or int8")
+    weights = None if packed else "int8"
+    if activations == "bfloat16":
+        return prepare_for_inference(params)
+    ranges = activation_ranges(model, params, key=jax.random.key(0), weights=weights, cfg_scale=cfg_scale)
+    return prepare_for_inference(params, activations, weights=weights, ranges=ranges)
+
+
+def _prepare_run(run: Any, dtype: Any, weights: str | None, ranges: Any) -> PreparedBlocks:
+    make = functools.partial(_prepare_linear, dtype=dtype, weights=weights)
+    fixed = {name: np.maximum(v, 1e-6) / _LIMIT[dtype] for name, v in (ranges or {}).items()}
+    attended, hidden = (fixed.get(name) for name in _RANGES)
+    # Few tokens: adaLN's time is that of reading its weights, and codewords in 16 bits take no more than in 8.
+    adaln = functools.partial(make, dtype=jnp.dtype(jnp.bfloat16)) if weights is None else make
+    return PreparedBlocks(
+        modulation=adaln("adaLN_modulation/1", run["adaLN_modulation"]["1"], as_one=True),
+        qkv=make("attn/qkv", run["attn"]["qkv"]),
+        proj=make("attn/proj", run["attn"]["proj"], operand_scale=attended),
+        fc1=make("mlp/fc1", run["mlp"]["fc1"], result_scale=hidden),
+        fc2=make("mlp/fc2", run["mlp"]["fc2"], operand_scale=hidden),
+        attention_scale=None if attended is None else jnp.asarray(attended, jnp.float32),
+    )
+
+
+def _prepare_linear(
+    name: str,
+    leaf: Mapping[str, Any],
+    *,
+    dtype: Any,
+    weights: str | None,
+    as_one: bool = False,
+    result_scale: Any = None,
+    operand_scale: Any = None,
+) -> PreparedLinear:
+    """`as_one`: the layers' rows one after the other, as a stack of one. `result_scale`, `operand_scale` (L,)."""
+    kernel, paired = leaf["kernel"], result_scale is not None
+    try:
+        if weights is None:
+            packed, row_scale = _vq(name, kernel, dtype, as_one, paired)
+        else:
+            packed, row_scale = _integers(name, kernel, weights, as_one, paired)
+    except ValueError as e:
+        raise InputError(f"blocks/{name}/kernel has no form for the kernels: {e}") from e
+    bias = np.asarray(leaf["bias"], np.float32)
+    if operand_scale is not None:
+        scale = np.asarray(operand_scale)[:, None]
+        if isinstance(packed, NibbleWeights):
+            packed = dataclasses.replace(packed, scales=packed.scales * scale[:, :, None].astype(np.float32))
+        else:
+            row_scale = row_scale * scale
+    if paired:
+        bias, row_scale = pair_rows(bias), None if row_scale is None else pair_rows(row_scale)
+    flat = lambda a: None if a is None else jnp.asarray(a.reshape(1, -1) if as_one else a)
+    result = None if result_scale is None else jnp.asarray(result_scale, jnp.float32)
+    return PreparedLinear(packed, flat(bias), flat(row_scale), result)
+
+
+def _vq(name: str, kernel: Any, dtype: Any, as_one: bool, paired: bool) -> tuple[Any, np.ndarray | None]:
+    if isinstance(kernel, SoftVQArray) or not isinstance(kernel, VQArray):
+        raise InputError(
+            f"blocks/{name}/kernel is a {type(kernel).__name__}; wanted packed weights: quantize first, or give weights="
+        )
+    codes, codebooks = np.asarray(kernel.codes()), np.asarray(kernel.codebook, np.float32)
+    row_scale = None
+    if dtype.itemsize == 1:
+        scale = np.maximum(np.abs(codebooks).max((-1, -2), keepdims=True), 1e-12) / _LIMIT[dtype]
+        codebooks = codebooks / scale
+        codebooks = np.rint(codebooks) if dtype == np.int8 else codebooks
+        row_scale = np.repeat(scale[..., 0, 0], kernel.shape[0] // kernel.num_groups, axis=1).astype(np.float32)
+    if as_one:
+        codes, codebooks = codes.reshape(1, -1, codes.shape[-1]), codebooks.reshape(1, -1, *codebooks.shape[2:])
+    table = _ADALN_TABLE_BYTES if as_one else _ADALN_TABLE_BYTES // 2
+    return vq_weights(codes, jnp.asarray(codebooks, dtype), paired_rows=paired, table_bytes=table), row_scale
+
+
+def _integers(name: str, kernel: Any, weights: str, as_one: bool, paired: bool) -> tuple[Any, np.ndarray | None]:
+    if isinstance(kernel, VQArray | SoftVQArray):
+        raise InputError(
+            f"blocks/{name}/kernel is a {type(kernel).__name__}; weights={weights!r} are made of dense ones: dequantize"
+        )
+    w = np.asarray(kernel, np.float32).swapaxes(-1, -2)
+    w = w.reshape(1, -1, w.shape[-1]) if as_one else w
+    columns = w.shape[-1]
+    w = np.pad(w, ((0, 0), (0, 0), (0, -columns % nibbles.COLUMNS)))
+    layers, rows, _ = w.shape
+    if weights == "int8":
+        scale = np.maximum(np.abs(w).max(-1, keepdims=True), 1e-12) / 127
+        values = np.rint(w / scale).astype(np.int8)
+        row_scale = scale[..., 0].astype(np.float32)
+        row_scale = row_scale.reshape(kernel.shape[0], -1)
+        return ByteWeights(jnp.asarray(pair_rows(values) if paired else values), columns, paired), row_scale
+    grouped = w.reshape(layers, rows, -1, nibbles.COLUMNS)
+    scale = np.maximum(np.abs(grouped).max(-1), 1e-12) / 7
+    values = np.clip(np.rint(grouped / scale[..., None]), -8, 7).astype(np.int8).reshape(w.shape)
+    scale = pair_rows(scale) if paired else scale
+    scales = np.ascontiguousarray(scale.swapaxes(1, 2), np.float32)
+    return NibbleWeights(jnp.asarray(nibbles.pack(values, paired)), jnp.asarray(scales), columns, paired), None

@@ -1,0 +1,187 @@
+"""The configuration of a run: every key with its default, and what the keys mean together."""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import ml_collections
+
+from vq4dit_jax.diffusion.sampling import SAMPLERS
+from vq4dit_jax.errors import InputError
+from vq4dit_jax.methods.recipe import FINE, LAYERWISE, Recipe
+from vq4dit_jax.qarray.quantization import BITS, KEEP, Rule, VQSpec, dit_rules
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def default() -> ml_collections.ConfigDict:
+    """All keys. A config file calls this, changes what it is about, and returns it locked."""
+    c = ml_collections.ConfigDict()
+    c.seed = 0
+    """Root of all randomness: k-means, trajectories, samples."""
+    c.beside = ()
+    """Finished runs (workdirs) of the same model whose rows join this one's table; full-precision samples of the same
+    recipe are taken from them."""
+
+    c.model = ml_collections.ConfigDict()
+    c.model.variant = ""  # "DiT-XL/2" and so on; "" where shapes tell all
+    c.model.checkpoint = (
+        ""  # a file or folder, "asset:NAME" (shipped), or "official:NAME" (cache folder, else download)
+    )
+    c.model.vae = ""  # of a model of latents: a diffusers folder or file, or "official:sd-vae-ft-ema"; "" for a preview
+    c.model.num_heads = 0  # 0: from the variant or the checkpoint
+    c.model.num_classes = 0  # 0: from the checkpoint
+    c.model.random_init = False  # random weights of the variant, for timing
+    c.model.depth = 0  # blocks of a random_init model; 0: the variant's
+    c.model.input_size = 32  # of a random_init model: latent or image side
+
+    c.quantize = ml_collections.ConfigDict()
+    c.quantize.bits = 2.0  # 1, 1.5, 2, 3 or 4
+    c.quantize.rules = ()  # ((path regex, (K, d, groups) or ()), ...), first match wins; () for the rules of `bits`
+    c.quantize.kmeans_iterations = 100
+    c.quantize.codebook_dtype = "float32"
+    c.quantize.other_dtype = "float32"  # biases, embedders, final layer
+
+    c.calibration = ml_collections.ConfigDict(
+        dataclasses.asdict(Recipe(**LAYERWISE))
+    )  # recipe.py says what each key does
+    c.calibration.save_every = 50  # steps between checkpoints
+
+    c.sample = ml_collections.ConfigDict()
+    c.sample.num_images = 1000
+    c.sample.batch = 100  # images that a device makes at once
+    c.sample.labels = "balanced"  # or "random", or classes taken in turn: "207,360"
+    c.sample.sampler = "ddpm"
+    c.sample.steps = 50
+    c.sample.more_steps = ()  # further numbers of steps, for rows of the table
+    c.sample.cfg_scale = 1.5
+    c.sample.activations = (
+        "float32"  # of quantized models; bfloat16, int8, e4m3: through the kernels of docs/kernels.md
+    )
+    c.sample.grid_images = 24  # images in the pictures and in the report
+
+    c.evaluation = ml_collections.ConfigDict()
+    c.evaluation.classifier = ""  # "cifar10_resnet56", a file of Inception weights, "official:NAME"; "" for none
+    c.evaluation.reference = ""  # real images: a folder, an .npz of images or statistics, "asset:NAME", "official:NAME"
+    c.evaluation.class_names = ()
+    return c
+
+
+def cifar10() -> ml_collections.ConfigDict:
+    """The built-in demo model and its evaluation."""
+    c = default()
+    c.model.checkpoint = "asset:dit_cifar10.safetensors"
+    c.quantize.codebook_dtype = "float16"  # on so small a model float32 codebooks would cost 0.35 bits a weight
+    c.quantize.other_dtype = "float16"
+    c.calibration.allocation = "layers"
+    c.calibration.batch = 8
+    c.calibration.steps = 300
+    c.sample.num_images = 400
+    c.sample.steps = 25
+    c.evaluation.classifier = "cifar10_resnet56"
+    c.evaluation.reference = "asset:cifar10_reference.npz"
+    c.evaluation.class_names = (
+        "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"
+    )  # fmt: skip
+    return c
+
+
+def xl2(image_size: int, bits: float) -> ml_collections.ConfigDict:
+    """The published DiT-XL/2 with the batch, steps and guidance of the paper."""
+    c = default()
+    c.model.variant = "DiT-XL/2"
+    c.model.checkpoint = f"official:DiT-XL-2-{image_size}x{image_size}.pt"
+    c.model.vae = "official:sd-vae-ft-ema"
+    c.model.input_size = image_size // 8
+    c.quantize.bits = bits
+    c.calibration.batch = 16
+    c.calibration.steps = 500
+    c.calibration.save_every = 100
+    c.calibration.remat = True
+    c.calibration.budget = 1.005
+    if bits >= 3:
+        c.methods.update(FINE)
+    c.calibration.allocation = "roles"  # blocks stay one stack: one scan, one launch for all of adaLN
+    c.sample.num_images = 10_000
+    c.sample.batch = 50
+    c.sample.steps = 50
+    c.sample.more_steps = (100, 250)
+    c.evaluation.classifier = "official:inception-2015-12-05"
+    c.evaluation.reference = f"official:imagenet{image_size}"
+    return c
+
+
+def recipe(config: ml_collections.ConfigDict) -> Recipe:
+    fields = {f.name for f in dataclasses.fields(Recipe)}
+    return Recipe(**{k: v for k, v in config.calibration.items() if k in fields})
+
+
+def rules(config: ml_collections.ConfigDict) -> tuple[Rule, ...]:
+    """The rules of `quantize.rules`, or those of `quantize.bits`."""
+    bits = config.quantize.bits
+    if not config.quantize.rules:
+        return dit_rules(int(bits) if bits == int(bits) else bits)
+    return tuple((pattern, VQSpec(*spec) if spec else KEEP) for pattern, spec in config.quantize.rules)
+
+
+def validate(config: ml_collections.ConfigDict) -> None:
+    """Everything that can be told before work begins; InputError names the key."""
+    _one_of("quantize.bits", config.quantize.bits, tuple(map(float, BITS)))
+    recipe(config)
+    rules(config)
+    _one_of("sample.sampler", config.sample.sampler, SAMPLERS)
+    _one_of("sample.activations", config.sample.activations, ("float32", "bfloat16", "int8", "e4m3"))
+    _one_of("quantize.codebook_dtype", config.quantize.codebook_dtype, DTYPES)
+    _one_of("quantize.other_dtype", config.quantize.other_dtype, DTYPES)
+    for key in ("sample.num_images", "sample.batch", "sample.grid_images", "calibration.save_every"):
+        section, name = key.split(".")
+        if config[section][name] < 1:
+            raise InputError(f"--config.{key}={config[section][name]}: wanted at least 1")
+    all_steps = [
+        ("sample", "steps", config.sample.steps),
+        ("calibration", "trajectory_steps", config.calibration.trajectory_steps),
+    ]
+    for section, name, steps in all_steps + [("sample", "more_steps", steps) for steps in config.sample.more_steps]:
+        if not 1 <= steps <= 1000:
+            raise InputError(f"--config.{section}.{name}={steps}: wanted 1 to 1000")
+    if len({config.sample.steps, *config.sample.more_steps}) <= len(config.sample.more_steps):
+        raise InputError(
+            f"--config.sample.more_steps={config.sample.more_steps}: wanted numbers that differ, and from steps"
+        )
+    for folder in config.beside:
+        if not (pathlib.Path(folder) / "table.json").exists():
+            raise InputError(f"--config.beside={folder}: no finished run there; wanted the workdir of one")
+    if bool(config.evaluation.classifier) != bool(config.evaluation.reference):
+        raise InputError("--config.evaluation.classifier and .reference: give both or neither")
+    if config.model.random_init and not config.model.variant:
+        raise InputError("--config.model.random_init=True needs --config.model.variant, such as DiT-XL/2")
+    if not config.model.random_init and not config.model.checkpoint:
+        raise InputError("--config.model.checkpoint is empty: give a .pt, .safetensors or diffusers folder")
+
+
+def _one_of(key: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    if value not in allowed:
+        raise InputError(f"--config.{key}={value}: wanted one of {', '.join(map(str, allowed))}")
+
+
+def as_json(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """Plain, JSON-ready dicts; tuples as lists."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: plain(v) for k, v in value.items()}
+        return [plain(v) for v in value] if isinstance(value, tuple | list) else value
+
+    return plain(config.to_dict())
+
+
+def differences(ours: dict[str, Any], theirs: dict[str, Any], prefix: str = "") -> list[str]:
+    """Keys whose values differ, as `section.key (here, there)`."""
+    out = []
+    for key in sorted(set(ours) | set(theirs)):
+        a, b = ours.get(key), theirs.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            out += differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            out.append(f"{prefix}{key} ({a} here, {b} there)")
+    return out

@@ -1,0 +1,339 @@
+"""The stages of a run, in order: load, quantize, calibrate, export, sample, evaluate, report.
+
+Each writes its files beside and renames them, and is then marked done in `stages.json`; a run that was killed goes
+on with the first stage that is not, and ends with the same figures.
+"""
+
+import functools
+import json
+import os
+import pathlib
+import shutil
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+
+from vq4dit_jax import __version__, evaluation, files, methods, reporting
+from vq4dit_jax.errors import InputError
+from vq4dit_jax.methods.agreement import held_out_agreement
+from vq4dit_jax.networks import inference
+from vq4dit_jax.networks.dit import DiT, variant
+from vq4dit_jax.progress import progress
+from vq4dit_jax.qarray import quantization
+from vq4dit_jax.reporting.layers import layer_table
+from vq4dit_jax.run import config as configs
+from vq4dit_jax.run import generation, sources, summary
+from vq4dit_jax.run.generation import Decoder, Plan
+from vq4dit_jax.run.summary import METHODS, MODELS
+from vq4dit_jax.run.workdir import Workdir
+from vq4dit_jax.storage import checkpoint
+
+KMEANS, TRAJECTORIES, SAMPLES, HELD_OUT, INIT = range(5)
+"""Streams of the run's seed."""
+
+
+def run(config: Any, workdir: str, command: str) -> None:
+    """Runs what is not yet done of a validated config in `workdir`."""
+    Pipeline(config, Workdir(workdir), command).run()
+
+
+class Pipeline:
+    """One run. The models are loaded when a stage first needs them, so a resumed run loads only what it uses."""
+
+    def __init__(self, config: Any, workdir: Workdir, command: str):
+        self.config, self.dir, self.command = config, workdir, command
+        self.resolved = configs.as_json(config)
+
+    def run(self) -> None:
+        with self.dir.claim(self.resolved):
+            if "report" in self.dir.done():
+                print(f"{self.dir.root} is finished; see {self.dir.report}. Another --workdir makes a new run.")
+                return
+            self.load()
+            self.quantize()
+            self.calibrate()
+            self.export()
+            self.sample()
+            self.evaluate()
+            self.report()
+            print(f"Done: {self.dir.report}")
+
+    # What the stages share ------------------------------------------------------------------------------------
+
+    def key(self, stream: int) -> jax.Array:
+        return jax.random.fold_in(jax.random.key(self.config.seed), stream)
+
+    @functools.cached_property
+    def teacher(self) -> tuple[DiT, Any]:
+        """The full-precision model."""
+        return load_teacher(self.config.model, self.key(INIT))
+
+    @functools.cached_property
+    def kmeans(self) -> Any:
+        return checkpoint.load_quantized(self.dir.calibration / "kmeans")[1]
+
+    @functools.cached_property
+    def packed(self) -> tuple[DiT, Any]:
+        """The final model as a user would load it."""
+        return checkpoint.load_quantized(self.dir.quantized)[:2]
+
+    @functools.cached_property
+    def found(self) -> dict[str, str]:
+        """Where the VAE, the feature network and the real images are; "" where there are none and one can do without."""
+        return {
+            "vae": self._locate("model", "vae", "the pictures are then a preview"),
+            "classifier": self._locate("evaluation", "classifier", "quality figures are then null"),
+            "reference": self._locate("evaluation", "reference", "quality figures are then null"),
+        }
+
+    def _locate(self, section: str, name: str, without: str) -> str:
+        value, untrained = self.config[section][name], self.config.model.random_init
+        try:
+            return sources.locate(value, download=not untrained)
+        except InputError as error:
+            # A trained model whose latents cannot be decoded is of no use; without quality figures it is.
+            if not value.startswith(sources.OFFICIAL) or (name == "vae" and not untrained):
+                raise InputError(f"--config.{section}.{name}={value}: {error}; or leave it empty, {without}") from None
+            logging.warning("--config.%s.%s=%s: %s; %s", section, name, value, error, without)
+            return ""
+
+    @functools.cached_property
+    def decoder(self) -> Decoder:
+        """Samples to images in [-1, 1]."""
+        return sources.open_decoder(self.found["vae"], self.teacher[0].in_channels)[0]
+
+    @functools.cached_property
+    def judge(self) -> sources.Judge:
+        """The feature network and the real images of the quality figures, or why there are none."""
+        if self.teacher[0].in_channels != 3 and not self.found["vae"]:
+            return sources.Judge(reason="the samples are latents, and there is no VAE to decode them")
+        if not self.config.evaluation.classifier:
+            return sources.Judge(reason="no feature network is configured")
+        if not (self.found["classifier"] and self.found["reference"]):
+            return sources.Judge(reason="the feature network or the real images were not to be had on this machine")
+        return sources.open_judge(self.found["classifier"], self.found["reference"])
+
+    def params(self, name: str) -> Any:
+        return {"fp": lambda: self.teacher[1], "kmeans": lambda: self.kmeans, "vq4dit": lambda: self.packed[1]}[name]()
+
+    # Stages ---------------------------------------------------------------------------------------------------
+
+    def load(self) -> None:
+        with self.dir.stage("load") as to_do:
+            if to_do:
+                model, params = self.teacher
+                # What is missing is said before hours of work, not after.
+                _ = self.decoder
+                if self.found["classifier"] and self.found["reference"]:
+                    sources.check_judge(self.found["classifier"], self.found["reference"])
+                logging.info("%s: %d parameters", _title(self.config, model), quantization.sizes(params).parameters)
+
+    def quantize(self) -> None:
+        """k-means: codebooks and assignments of every Linear that the rules name."""
+        with self.dir.stage("quantize") as to_do:
+            if not to_do:
+                return
+            model, teacher = self.teacher
+            rules, c = configs.rules(self.config), self.config.quantize
+            roles = sum(any(p.spec for p in parts) for parts in quantization.plan(teacher, rules).values())
+            with progress(roles, "k-means", "layer stack") as bar:
+                packed = quantization.quantize(
+                    _cast_kept(teacher, c.other_dtype),
+                    key=self.key(KMEANS),
+                    rules=rules,
+                    codebook_dtype=c.codebook_dtype,
+                    max_iterations=c.kmeans_iterations,
+                    on_leaf=lambda path: bar.update(1),
+                )
+            checkpoint.save_quantized(self.dir.calibration / "kmeans", model, packed, {"stage": "k-means only"})
+
+    def calibrate(self) -> None:
+        with self.dir.stage("calibrate") as to_do:
+            if not to_do:
+                return
+            model, teacher = self.teacher
+            hard = methods.calibrate(
+                model,
+                teacher,
+                self.kmeans,
+                key=self.key(TRAJECTORIES),
+                recipe=configs.recipe(self.config),
+                folder=self.dir.calibration,
+                log_file=self.dir.log,
+                save_every=self.config.calibration.save_every,
+            )
+            checkpoint.save_quantized(self.dir.calibration / "hard", model, hard, {"stage": "calibrated"})
+
+    def export(self) -> None:
+        """Writes the model in both formats, and the table of layers."""
+        with self.dir.stage("export") as to_do:
+            if not to_do:
+                return
+            model, teacher = self.teacher
+            _, packed, _ = checkpoint.load_quantized(self.dir.calibration / "hard")
+            extra = {"config": self.resolved, "vq4dit_jax": __version__}
+            checkpoint.save_quantized(self.dir.quantized, model, packed, extra)
+            checkpoint.save_safetensors(self.dir.safetensors, model, packed, extra)
+            files.write_json(self.dir.layers, layer_table(teacher, self.kmeans, packed))
+
+    def sample(self) -> None:
+        """The same seeds and labels for every model; for each further number of steps those of the table."""
+        with self.dir.stage("sample") as to_do:
+            if not to_do:
+                return
+            model, _ = self.teacher
+            for steps in self._all_steps():
+                for name in MODELS if steps == self.config.sample.steps else METHODS:
+                    if not self._npz(name, steps).exists() and not (name == "fp" and self._borrow(steps)):
+                        generation.generate(
+                            self._plan(steps),
+                            model,
+                            self._sampling_params(name),
+                            self.key(SAMPLES),
+                            self._npz(name, steps),
+                            self.decoder,
+                            f"sample {name}, {steps} steps",
+                        )
+            images, names = self._grids(model)
+            columns = min(8, len(names))
+            for name in ("fp", "vq4dit"):
+                reporting.write_grid(self.dir.samples / f"{name}.png", images[name], columns)
+            reporting.write_comparison(self.dir.samples / "comparison.png", images, names)
+
+    def _sampling_params(self, name: str) -> Any:
+        c = self.config.sample
+        model, params = self.teacher[0], self.params(name)
+        return params if name == "fp" else inference.for_sampling(model, params, c.activations, c.cfg_scale)
+
+    def _all_steps(self) -> list[int]:
+        return [self.config.sample.steps, *self.config.sample.more_steps]
+
+    def _plan(self, steps: int) -> Plan:
+        c = self.config.sample
+        return Plan(c.num_images, c.batch, c.labels, c.sampler, steps, c.cfg_scale)
+
+    def _npz(self, name: str, steps: int) -> pathlib.Path:
+        suffix = "" if steps == self.config.sample.steps else f"_{steps}"
+        return self.dir.samples / f"{name}{suffix}.npz"
+
+    def _borrow(self, steps: int) -> bool:
+        """Takes the full-precision samples of a run beside this one that sampled the same model in the same way."""
+        for folder in map(pathlib.Path, self.config.beside):
+            theirs = Workdir(folder)
+            other = _read_json(theirs.config)
+            same = all(other[key] == self.resolved[key] for key in ("seed", "model", "sample"))
+            source = theirs.samples / self._npz("fp", steps).name
+            if same and source.exists():
+                with files.atomic_path(self._npz("fp", steps)) as partial:
+                    try:
+                        os.link(source, partial)
+                    except OSError:  # another file system
+                        shutil.copyfile(source, partial)
+                return True
+        return False
+
+    def _grids(self, model: DiT) -> tuple[dict[str, np.ndarray], list[str]]:
+        """The first images of every model and the names of their classes."""
+        c = self.config.sample
+        count = min(c.grid_images, c.num_images)
+        images = {name: generation.read_head(self._npz(name, c.steps), count) for name in MODELS}
+        labels = generation.class_labels(c.labels, self.key(SAMPLES), np.arange(count), model.num_classes)
+        names = list(self.config.evaluation.class_names)
+        return images, [names[i] if i < len(names) else f"class {i}" for i in labels]
+
+    def evaluate(self) -> None:
+        begun = time.perf_counter()
+        with self.dir.stage("evaluate") as to_do:
+            if not to_do:
+                return
+            model, teacher = self.teacher
+            _, packed = self.packed
+            held_out = held_out_agreement(
+                model,
+                teacher,
+                {"kmeans": self.kmeans, "hard": packed},
+                self.config.calibration.cfg_scale,
+                self.key(HELD_OUT),
+            )
+            size = quantization.sizes(packed)
+            quality = {
+                (name, steps): self._quality(name, steps)
+                for steps in self._all_steps()
+                for name in (MODELS if steps == self.config.sample.steps else METHODS)
+            }
+            rows = [
+                summary.table_row(name, steps, self.config, size, found)
+                for (name, steps), found in quality.items()
+                if name in METHODS
+            ]
+            rows += [row for folder in self.config.beside for row in _read_json(Workdir(folder).table_json)]
+            files.write_json(self.dir.table_json, rows)
+            title = _title(self.config, model)
+            files.write_text(self.dir.table, reporting.markdown(title, rows, self.command))
+            main = {name: quality[name, self.config.sample.steps] for name in MODELS}
+            log = methods.read_log(self.dir.log)
+            seconds = time.perf_counter() - begun
+            files.write_json(
+                self.dir.metrics, summary.metrics(self.dir, self.config, title, size, main, held_out, log, seconds)
+            )
+
+    def _quality(self, name: str, steps: int) -> dict[str, Any]:
+        """The figures of one set of samples, and under "reasons" why some are null."""
+        original = None if name == "fp" else self._npz("fp", steps)
+        judge = self.judge
+        found, reasons = evaluation.evaluate_with_reasons(
+            self._npz(name, steps), judge.classifier, judge.reference, original
+        )
+        return {**found, "reasons": {"all figures": judge.reason} if judge.reason else reasons}
+
+    def report(self) -> None:
+        with self.dir.stage("report") as to_do:
+            if not to_do:
+                return
+            metrics = _read_json(self.dir.metrics)
+            model, _, _ = checkpoint.load_quantized(self.dir.quantized)
+            images, names = self._grids(model)
+            data = reporting.ReportData(
+                title=f"{metrics['model']['variant']} at {self.config.quantize.bits:g} bits",
+                metrics=metrics,
+                config=self.resolved,
+                train_log=methods.read_log(self.dir.log),
+                layers=_read_json(self.dir.layers),
+                table=_read_json(self.dir.table_json),
+                images=images,
+                labels=names,
+                command=self.command,
+            )
+            reporting.write_report(self.dir.report, data)
+
+
+def load_teacher(c: Any, key: jax.Array) -> tuple[DiT, Any]:
+    """The model that a config's `model` section names, in float32."""
+    if c.random_init:
+        overrides = {"input_size": c.input_size}
+        overrides |= {name: c[name] for name in ("depth", "num_heads", "num_classes") if c[name]}
+        model = variant(c.variant, **overrides)
+        x, label = jnp.zeros((1, c.input_size, c.input_size, model.in_channels)), jnp.zeros((1,), jnp.int32)
+        shapes = jax.eval_shape(model.init, jax.random.key(0), x, label, label)["params"]
+        return model, quantization.random_params(shapes, key)
+    return sources.open_pretrained(c.checkpoint, c.variant, c.num_heads, c.num_classes)
+
+
+def _cast_kept(params: Any, dtype: str) -> Any:
+    """Biases and kept layers in their stored type; the kernels that k-means sees stay as they are."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, a: a if path[-1].key == "kernel" and path[0].key == "blocks" else a.astype(dtype), params
+    )
+
+
+def _title(config: Any, model: DiT) -> str:
+    name = config.model.variant or f"DiT {model.depth}x{model.hidden_size}/{model.patch_size}"
+    return f"{name}, {model.input_size}x{model.input_size}x{model.in_channels}"
+
+
+def _read_json(path: pathlib.Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -1,0 +1,104 @@
+"""What a path or a name in a config or on a command line stands for: models, and decoders of their latents."""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+
+from vq4dit_jax import evaluation, files
+from vq4dit_jax.diffusion import sampling
+from vq4dit_jax.errors import InputError
+from vq4dit_jax.networks import latents
+from vq4dit_jax.networks.dit import DiT
+from vq4dit_jax.run.generation import Decoder
+from vq4dit_jax.storage import checkpoint, provenance
+
+OFFICIAL = "official:"
+PREVIEW = "linear preview of the latents"
+
+
+@dataclasses.dataclass(frozen=True)
+class Judge:
+    """What quality is measured with; both None with the `reason` where there is nothing to measure with."""
+
+    classifier: evaluation.Classifier | None = None
+    reference: evaluation.ReferenceStatistics | None = None
+    reason: str | None = None
+
+
+def locate(name: str, download: bool = True) -> str:
+    """The path that a name stands for: `official:NAME` from the cache folder, else downloaded; `asset:NAME` as shipped.
+
+    Any other name is its own path. InputError where an official file is not to be had.
+    """
+    if name.startswith(OFFICIAL):
+        from convert.download import official
+
+        return str(official(name.removeprefix(OFFICIAL), download=download))
+    return str(files.resolve(name)) if name.startswith("asset:") else name
+
+
+def open_pretrained(path: str, variant: str | None, num_heads: int | None, num_classes: int | None) -> tuple[DiT, Any]:
+    """A full-precision model: a file or folder of any known layout, `asset:NAME`, or `official:NAME`."""
+    from convert.load import load_pretrained
+
+    found = locate(path)
+    return load_pretrained(found, variant or None, num_heads=num_heads or None, num_classes=num_classes or None)
+
+
+def open_model(path: str, variant: str | None = None, num_heads: int | None = None) -> tuple[DiT, Any]:
+    """A model of ours, packed (`quantized/`, `model.safetensors`, or the workdir around them), or a full-precision one."""
+    file = pathlib.Path(path)
+    if (file / "quantized").is_dir():
+        file = file / "quantized"
+    if file.is_dir() and not any(file.glob("*.json")):  # a diffusers folder has a config.json, orbax's has none
+        return checkpoint.load_quantized(file)[:2]
+    if file.suffix == ".safetensors" and _has_manifest(file):
+        return checkpoint.load_safetensors(file)[:2]
+    return open_pretrained(path, variant, num_heads, None)
+
+
+def _has_manifest(file: pathlib.Path) -> bool:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="numpy") as opened:
+            return "manifest" in (opened.metadata() or {})
+    except (SafetensorError, OSError):
+        return False  # what is wrong with it, its loader says
+
+
+def open_decoder(vae: str, channels: int) -> tuple[Decoder, str]:
+    """(what makes images of a model's samples, its name in a recipe).
+
+    Pixels (3 channels) need none. Latents are decoded by the VAE at `vae` (a path, or `official:sd-vae-ft-ema`); where
+    that is empty they are shown by a linear preview, which no quality figure may be computed on.
+    """
+    if channels == 3:
+        return lambda x: x, "none: the model samples pixels"
+    if not vae:
+        return latents.preview, PREVIEW
+    from convert.vae import load_vae
+
+    module, params = load_vae(locate(vae))
+    params = jax.device_put(params, sampling.replicated())
+
+    def decode(x: np.ndarray) -> np.ndarray:
+        return latents.decode_images(module, params, x)
+
+    return decode, f"VAE {vae}, sha256 {provenance.digest(params)}"
+
+
+def check_judge(classifier: str, reference: str) -> None:
+    """Raises `open_judge`'s InputErrors that can be told without reading the images."""
+    evaluation.load_classifier(classifier)
+    if not pathlib.Path(reference).exists():
+        raise InputError(f"{reference}: no such file or folder of real images or their statistics")
+
+
+def open_judge(classifier: str, reference: str) -> Judge:
+    """The feature network and the statistics of the real images at these names or paths."""
+    network = evaluation.load_classifier(classifier)
+    return Judge(network, evaluation.open_reference(reference, network))

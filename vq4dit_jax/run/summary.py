@@ -1,0 +1,91 @@
+"""What a run has found, as its files say it: metrics.json, and the rows of table.json."""
+
+from typing import Any
+
+from vq4dit_jax import files
+from vq4dit_jax.qarray import quantization
+from vq4dit_jax.run.workdir import Workdir
+from vq4dit_jax.storage import provenance
+
+MODELS = ("fp", "kmeans", "vq4dit")
+METHODS = {"fp": "full precision", "vq4dit": "VQ4DiT"}
+"""The models of the table."""
+_QUALITY = ("fd", "sfd", "is", "precision", "recall", "psnr_to_fp_db", "num_images", "features")
+
+
+def metrics(
+    workdir: Workdir,
+    config: Any,
+    title: str,
+    size: quantization.Sizes,
+    quality: dict[str, dict[str, Any]],
+    held_out: dict[str, tuple[float, float]],
+    log: list[dict[str, Any]],
+    evaluate_seconds: float,
+) -> dict[str, Any]:
+    """metrics.json, format 1.
+
+    Args:
+      quality: model of MODELS -> what `evaluation.evaluate` found at the config's own number of steps.
+      held_out: "kmeans" and "hard" -> (L_d, relative error of the guided noise prediction).
+      log: the lines of train_log.jsonl.
+    """
+    return {
+        "format": 1,
+        "model": {
+            "variant": title,
+            "parameters": size.parameters,
+            "quantized_parameters": size.quantized_parameters,
+        },
+        "size": {
+            "fp32_bytes": 4 * size.parameters,
+            "quantized_bytes": files.bytes_on_disk(workdir.quantized),
+            "assignment_bytes": size.assignment_bytes,
+            "codebook_bytes": size.codebook_bytes,
+            "other_bytes": size.other_bytes,
+            "bits_per_quantized_weight": size.bits_per_quantized_weight,
+        },
+        "quality": {name: {key: found[key] for key in _QUALITY} for name, found in quality.items()},
+        "calibration": {
+            "steps": log[-1]["step"],
+            "l_d_last": log[-1]["l_d"],
+            "l_r_last": log[-1]["l_r"],
+            "frozen_fraction": log[-1]["frozen_fraction"],
+            "kmeans_l_d": held_out["kmeans"][0],
+            "hard_l_d": held_out["hard"][0],
+            "kmeans_eps_error": held_out["kmeans"][1],
+            "hard_eps_error": held_out["hard"][1],
+        },
+        "time_s": {**_times(workdir, log), "evaluate": round(evaluate_seconds, 3)},
+        "recipe": {
+            "sampler": config.sample.sampler,
+            "steps": config.sample.steps,
+            "cfg_scale": config.sample.cfg_scale,
+            "seed": config.seed,
+            "batch": config.sample.batch,
+            "devices": provenance.devices(),
+            "versions": provenance.versions(),
+        },
+    }
+
+
+def _times(workdir: Workdir, log: list[dict[str, Any]]) -> dict[str, float]:
+    """Seconds of the stages before `evaluate`; calibration counts the steps of all its attempts that were kept."""
+    names = {"quantize": "kmeans"}
+    times = {names.get(s, s): seconds for s, seconds in workdir.done().items() if s not in ("evaluate", "report")}
+    return {**times, "calibrate": round(sum(line["seconds"] for line in log), 3)}
+
+
+def table_row(name: str, steps: int, config: Any, size: quantization.Sizes, found: dict[str, Any]) -> dict[str, Any]:
+    """A row of table.json (see `reporting.table`): one model of METHODS, sampled in `steps`."""
+    packed = size.assignment_bytes + size.codebook_bytes + size.other_bytes
+    return {
+        "method": METHODS[name],
+        "bits": 32.0 if name == "fp" else float(round(size.bits_per_quantized_weight, 1)),
+        "bytes": 4 * size.parameters if name == "fp" else packed,
+        "steps": steps,
+        "sampler": config.sample.sampler,
+        "cfg_scale": config.sample.cfg_scale,
+        "seed": config.seed,
+        **found,
+    }

@@ -1,0 +1,1 @@
+"""Models and states on disk, and what they were made with."""
