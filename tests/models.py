@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from vq4dit_jax.networks.dit import DiT
-from vq4dit_jax.qarray.quantization import random_params
+from vq4dit_jax.qarray.tree import random_params
 
 SOFT = (
     "--config.calibration.layerwise=False",

@@ -12,10 +12,13 @@ from vq4dit_jax.errors import InputError
 from vq4dit_jax.integer import grids as uniform
 from vq4dit_jax.integer.gptq import inverse_factor, quantize_weight, round_columns
 from vq4dit_jax.methods import dkm
+from vq4dit_jax.methods.kmeans import quantize
 from vq4dit_jax.methods.recipe import Recipe
-from vq4dit_jax.qarray import quantization
+from vq4dit_jax.networks.rules import dit_rules
 from vq4dit_jax.qarray.linear import linear
-from vq4dit_jax.qarray.quantization import KEEP, VQSpec, quantize, random_params
+from vq4dit_jax.qarray.rules import KEEP, abstract_quantized
+from vq4dit_jax.qarray.spec import VQSpec
+from vq4dit_jax.qarray.tree import dequantize, random_params, sizes
 from vq4dit_jax.qarray.vq import VQArray
 
 GRIDS = [(2, None, "asymmetric"), (3, 16, "centred"), (4, 24, "symmetric")]
@@ -31,6 +34,11 @@ def _moments(columns=40, seed=1) -> np.ndarray:
     x = rng.standard_normal((4 * columns, 8)) @ rng.standard_normal((8, columns))
     x = x + 0.3 * rng.standard_normal(x.shape) + rng.standard_normal(columns)
     return x.T @ x / len(x)
+
+
+def _gptq(weight, moments, bits, group, *others) -> jax.Array:
+    """The weight that GPTQ's codes stand for."""
+    return uniform.decode(*quantize_weight(weight, moments, bits, group, *others), group)
 
 
 def _error(weight, rounded, moments) -> np.ndarray:
@@ -85,7 +93,7 @@ def test_rows_of_zeros_stay_so():
         grid = uniform.fit_grid(weight, 2, 16, kind)
         found = np.asarray(uniform.round_to_nearest(weight, grid, 2, 16))
         assert (found[3] == 0).all() and (found[5, :16] == 0).all() and np.isfinite(found).all()
-        assert np.isfinite(np.asarray(quantize_weight(weight, _moments(), 2, 16, kind))).all()
+        assert np.isfinite(np.asarray(_gptq(weight, _moments(), 2, 16, kind))).all()
 
 
 def test_bytes_count_codes_scales_and_zero_points():
@@ -140,7 +148,7 @@ def test_gptq_of_uncorrelated_inputs_is_round_to_nearest(bits, group, kind):
     weight = _weight()
     grid = uniform.fit_grid(weight, bits, group, kind, (1.0,))
     for act_order in (False, True):
-        found = quantize_weight(weight, np.eye(40), bits, group, kind, (1.0,), act_order)
+        found = _gptq(weight, np.eye(40), bits, group, kind, (1.0,), act_order)
         np.testing.assert_array_equal(
             np.asarray(found), np.asarray(uniform.round_to_nearest(weight, grid, bits, group))
         )
@@ -151,8 +159,8 @@ def test_gptq_has_less_output_error_than_round_to_nearest(bits, group, kind):
     weight, moments = _weight(), _moments()
     grid = uniform.fit_grid(weight, bits, group, kind, (1.0,))
     nearest = _error(weight, uniform.round_to_nearest(weight, grid, bits, group), moments).sum()
-    plain = _error(weight, quantize_weight(weight, moments, bits, group, kind, (1.0,)), moments).sum()
-    chosen = _error(weight, quantize_weight(weight, moments, bits, group, kind), moments).sum()
+    plain = _error(weight, _gptq(weight, moments, bits, group, kind, (1.0,)), moments).sum()
+    chosen = _error(weight, _gptq(weight, moments, bits, group, kind), moments).sum()
     assert plain < 0.5 * nearest and chosen < plain
 
 
@@ -218,20 +226,20 @@ def test_dense_baselines_quantize_what_rules_say_and_count_all_bytes():
     columns = methods.gptq(params, eyes, 3, 16, shares=(1.0,), rules=RULES)
     groups = 2 * (32 * 3 + 48 * 2)
     for result in (nearest, columns):
-        sizes = result.sizes
-        assert sizes.quantized_parameters == 16 * groups
-        assert sizes.assignment_bytes == 16 * groups * 3 // 8
-        assert sizes.codebook_bytes == groups * 2 + groups * 3 // 8
-        assert sizes.bits_per_quantized_weight == pytest.approx(3 + (16 + 3) / 16)
-        assert sizes.other_bytes == 2 * (2 * 32 + 2 * 48 + 3 * 48 * 3 + 3)
-        assert sizes.parameters == sizes.quantized_parameters + sizes.other_bytes // 2
+        found = sizes(result)
+        assert found.quantized_parameters == 16 * groups
+        assert found.assignment_bytes == 16 * groups * 3 // 8
+        assert found.codebook_bytes == groups * 2 + groups * 3 // 8
+        assert found.bits_per_quantized_weight == pytest.approx(3 + (16 + 3) / 16)
+        assert found.other_bytes == 2 * (2 * 32 + 2 * 48 + 3 * 48 * 3 + 3)
+        assert found.parameters == found.quantized_parameters + found.other_bytes // 2
     same = lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
-    jax.tree.map(same, nearest.params, columns.params)
-    half = lambda a: a.astype(jnp.float16).astype(jnp.float32)
-    jax.tree.map(same, nearest.params["out"], jax.tree.map(half, params["out"]))
-    same(nearest.params["blocks"]["fc1"]["bias"], half(params["blocks"]["fc1"]["bias"]))
+    jax.tree.map(same, nearest, columns)
+    half = lambda a: a.astype(jnp.float16)
+    jax.tree.map(same, nearest["out"], jax.tree.map(half, params["out"]))
+    same(nearest["blocks"]["fc1"]["bias"], half(params["blocks"]["fc1"]["bias"]))
     for name in ("fc1", "fc2"):
-        kernel, wanted = nearest.params["blocks"][name]["kernel"], params["blocks"][name]["kernel"]
+        kernel, wanted = dequantize(nearest)["blocks"][name]["kernel"], params["blocks"][name]["kernel"]
         grid = uniform.fit_grid(wanted[1].T, 3, 16, "asymmetric", (1.0,))
         same(kernel[1].T, uniform.round_to_nearest(wanted[1].T, grid, 3, 16))
 
@@ -239,18 +247,16 @@ def test_dense_baselines_quantize_what_rules_say_and_count_all_bytes():
 def test_rules_say_which_blocks_are_quantized():
     params = _layers()
     result = methods.rtn(params, 2, rules=((r"blocks/0/.*", KEEP), *RULES))
-    kernel, wanted = result.params["blocks"]["fc1"]["kernel"], params["blocks"]["fc1"]["kernel"]
+    kernel, wanted = dequantize(result)["blocks"]["fc1"]["kernel"], params["blocks"]["fc1"]["kernel"]
     np.testing.assert_array_equal(np.asarray(kernel[0]), np.asarray(wanted[0].astype(jnp.float16).astype(jnp.float32)))
     assert all(len(np.unique(kernel[1, :, o])) <= 4 for o in range(32))
-    assert result.sizes.quantized_parameters == 2 * 32 * 48
+    assert sizes(result).quantized_parameters == 2 * 32 * 48
 
 
-def test_the_linears_of_a_dit_are_quantized_without_rules(monkeypatch):
+def test_the_linears_of_a_dit_are_quantized_without_rules():
     teacher = tiny()[1]
-    monkeypatch.setattr(uniform, "fit_grid", lambda *_: None)  # sizes alone: nothing is compiled for ten shapes
-    monkeypatch.setattr(uniform, "round_to_nearest", lambda weight, *_: weight)
-    packed = quantization.abstract_quantized(teacher, quantization.dit_rules(2))
-    assert methods.rtn(teacher, 2).sizes.quantized_parameters == quantization.sizes(packed).quantized_parameters
+    packed = abstract_quantized(teacher, dit_rules(2))
+    assert sizes(methods.rtn(teacher, 2)).quantized_parameters == sizes(packed).quantized_parameters
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,11 @@ from models import inputs, tiny
 
 from vq4dit_jax import files
 from vq4dit_jax.errors import InputError
-from vq4dit_jax.qarray.quantization import KEEP, VQSpec, dequantize, dit_rules, map_leaves, quantize, sizes
+from vq4dit_jax.methods.kmeans import quantize
+from vq4dit_jax.networks.rules import dit_rules
+from vq4dit_jax.qarray.rules import KEEP
+from vq4dit_jax.qarray.spec import VQSpec
+from vq4dit_jax.qarray.tree import dequantize, map_leaves, sizes
 from vq4dit_jax.storage import checkpoint
 
 
@@ -124,8 +128,8 @@ def test_a_newer_format_and_a_damaged_code_are_refused(saved, tmp_path):
         save_file(arrays, tmp_path / name, metadata={"manifest": json.dumps(manifest)})
         return tmp_path / name
 
-    with pytest.raises(InputError, match="version 2"):
-        checkpoint.load_safetensors(write("newer", arrays, {**manifest, "version": 2}))
+    with pytest.raises(InputError, match="version 3"):
+        checkpoint.load_safetensors(write("newer", arrays, {**manifest, "version": 3}))
     codes = "blocks/mlp/fc2/kernel/part_0/assignments"
     with pytest.raises(InputError, match="wanted uint8"):
         checkpoint.load_safetensors(write("short", {**arrays, codes: arrays[codes][..., 1:].copy()}, manifest))

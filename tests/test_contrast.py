@@ -8,8 +8,9 @@ import pytest
 from models import tiny
 
 from vq4dit_jax.methods import contrast
+from vq4dit_jax.methods.kmeans import quantize
 from vq4dit_jax.networks.network import as_network
-from vq4dit_jax.qarray.quantization import dequantize, matrices, quantize
+from vq4dit_jax.qarray.tree import dequantize, matrices
 
 HOW = dict(key=jax.random.key(2), images=4, num_steps=4, cfg_scale=1.5)
 

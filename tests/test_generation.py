@@ -21,7 +21,8 @@ from models import tiny
 import vq4dit_jax
 from vq4dit_jax.errors import InputError
 from vq4dit_jax.files import asset
-from vq4dit_jax.qarray.quantization import quantize, random_params
+from vq4dit_jax.methods.kmeans import quantize
+from vq4dit_jax.qarray.tree import random_params
 from vq4dit_jax.run import generation
 from vq4dit_jax.run.generation import Plan, class_labels
 

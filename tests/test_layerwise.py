@@ -9,7 +9,7 @@ import pytest
 from vq4dit_jax.codebook import solver as layerwise
 from vq4dit_jax.errors import InputError
 from vq4dit_jax.methods import allocate
-from vq4dit_jax.qarray.quantization import VQSpec
+from vq4dit_jax.qarray.spec import VQSpec
 
 
 def problem(rows=24, columns=16, groups=2, codewords=8, d=4, seed=0):
@@ -215,7 +215,7 @@ def test_a_budget_below_the_least_is_refused():
 
 def test_rules_match_their_paths_alone():
     rules = allocate.rules({"blocks/1/mlp/fc1/kernel": VQSpec(64, 2)})
-    from vq4dit_jax.qarray.quantization import spec_of
+    from vq4dit_jax.qarray.rules import spec_of
 
     assert spec_of("blocks/1/mlp/fc1/kernel", rules) == VQSpec(64, 2)
     assert spec_of("blocks/11/mlp/fc1/kernel", rules) is None

@@ -14,9 +14,10 @@ from vq4dit_jax.diffusion import schedule as diffusion
 from vq4dit_jax.errors import InputError
 from vq4dit_jax.methods import losses
 from vq4dit_jax.methods import solve_layers as layerwise
+from vq4dit_jax.methods.kmeans import quantize
 from vq4dit_jax.methods.moments import input_moments
 from vq4dit_jax.methods.recipe import LAYERWISE, Recipe
-from vq4dit_jax.qarray.quantization import matrices, quantize, sizes
+from vq4dit_jax.qarray.tree import matrices, sizes
 from vq4dit_jax.qarray.vq import VQArray
 from vq4dit_jax.storage import checkpoint
 

@@ -15,8 +15,8 @@ from models import tiny
 import vq4dit_jax as vq
 from vq4dit_jax import methods
 from vq4dit_jax.errors import InputError
-from vq4dit_jax.qarray import quantization
 from vq4dit_jax.qarray.linear import Linear
+from vq4dit_jax.qarray.tree import map_leaves
 
 pytestmark = pytest.mark.once
 
@@ -103,7 +103,7 @@ def test_linear_stands_in_for_dense(page):
     x = jax.random.normal(jax.random.key(0), (2, 32, 32, 3))
     t, y = jnp.asarray([10, 900], jnp.int32), jnp.asarray([0, 10], jnp.int32)
     wanted, _ = page.apply(page.packed, x, t, y)
-    as_float32 = quantization.map_leaves(
+    as_float32 = map_leaves(
         lambda a: a.with_codebook(a.codebook.astype(jnp.float32)) if isinstance(a, vq.VQArray) else a, page.packed
     )
     found = names.Denoiser().apply({"params": as_float32}, x, t, y)

@@ -17,7 +17,9 @@ from vq4dit_jax.errors import InputError
 from vq4dit_jax.networks.dit import DiT, DiTBlock, variant
 from vq4dit_jax.networks.inference import activation_ranges, prepare_for_inference
 from vq4dit_jax.networks.prepared import PreparedBlocks
-from vq4dit_jax.qarray.quantization import VQSpec, dit_rules, random_params
+from vq4dit_jax.networks.rules import dit_rules
+from vq4dit_jax.qarray.spec import VQSpec
+from vq4dit_jax.qarray.tree import random_params
 from vq4dit_jax.qarray.vq import VQArray, from_codes
 
 DEPTH, WIDTH, TOKENS, BATCH = 2, 128, 16, 4

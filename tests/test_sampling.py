@@ -9,7 +9,7 @@ from models import tiny
 from vq4dit_jax.diffusion import sampling
 from vq4dit_jax.diffusion import schedule as diffusion
 from vq4dit_jax.errors import InputError
-from vq4dit_jax.qarray.quantization import quantize
+from vq4dit_jax.methods.kmeans import quantize
 
 LABELS = np.asarray([0, 1, 2, 3, 4, 0, 1])
 KEY = jax.random.key(7)

@@ -13,10 +13,13 @@ from hypothesis import strategies as st
 from models import inputs, tiny
 
 from vq4dit_jax.errors import InputError
+from vq4dit_jax.methods.kmeans import quantize
 from vq4dit_jax.networks.dit import DIT_VARIANTS, DiT
-from vq4dit_jax.qarray import quantization
-from vq4dit_jax.qarray.quantization import KEEP, VQSpec, dequantize, dit_rules, quantize, sizes
+from vq4dit_jax.networks.rules import dit_rules
+from vq4dit_jax.qarray.rules import KEEP, abstract_quantized
 from vq4dit_jax.qarray.soft import soften
+from vq4dit_jax.qarray.spec import VQSpec
+from vq4dit_jax.qarray.tree import dequantize, sizes
 from vq4dit_jax.qarray.vq import VQArray, from_codes, validate
 
 
@@ -53,7 +56,7 @@ def test_matmul_from_the_packed_form_is_decode_then_matmul(case):
     codebook, codes, leaf = case
     if leaf.stack:
         codebook, codes, leaf = codebook[0], codes[0], jax.tree.map(lambda a: a[0], leaf)
-    x = np.random.default_rng(0).normal(size=(3, leaf.shape[1])).astype(np.float32)
+    x = np.random.default_rng(0).normal(size=(3, leaf.matrix[1])).astype(np.float32)
     wanted = x.astype(np.float64) @ _decode(codebook, codes).astype(np.float64).T
     np.testing.assert_allclose(np.asarray(leaf.matmul(jnp.asarray(x))), wanted, atol=1e-5, rtol=1e-5)
 
@@ -70,7 +73,7 @@ def test_permuting_codewords_changes_nothing(case, seed):
 def test_validate_names_what_does_not_hold():
     leaf = from_codes(jnp.ones((1, 3, 2)), np.zeros((4, 6), int))
     for broken, message in (
-        (dataclasses.replace(leaf, shape=(4, 13)), "not a multiple"),
+        (dataclasses.replace(leaf, matrix=(4, 13)), "not a multiple"),
         (dataclasses.replace(leaf, assignments=leaf.assignments[:, :1]), "wanted uint8"),
         (dataclasses.replace(leaf, assignments=leaf.assignments.astype(np.int32)), "wanted uint8"),
         (dataclasses.replace(leaf, assignments=leaf.assignments + np.uint8(3)), "past the 3 codewords"),
@@ -147,7 +150,7 @@ def test_unknown_bits_are_refused():
 
 @given(st.integers(1, 2048), st.integers(1, 64))
 def test_small_layers_get_small_codebooks(rows, subvectors):
-    codewords = VQSpec(256, 4).for_shape(rows, 4 * subvectors).codewords
+    codewords = VQSpec(256, 4).for_matrix(rows, 4 * subvectors).codewords
     assert codewords == min(256, 2 ** max(0, math.floor(math.log2(max(1, rows * subvectors / 4)))))
 
 
@@ -165,7 +168,7 @@ def test_xl2_has_exactly_the_published_sizes(bits, assignment_mib, codebook_mib)
     biases = sum(math.prod(a.shape) for path, a in blocks.items() if path.endswith("bias"))
     assert (weights, biases) == (668_860_416, 483_840)
 
-    packed = quantization.abstract_quantized(shapes, dit_rules(bits))
+    packed = abstract_quantized(shapes, dit_rules(bits))
     found, block_sizes = sizes(packed), sizes(packed["blocks"])
     assert found.parameters == 675_129_632
     assert found.quantized_parameters == weights
@@ -182,7 +185,7 @@ def test_xl2_has_exactly_the_published_sizes(bits, assignment_mib, codebook_mib)
 def test_abstract_quantization_has_the_shapes_of_the_real_one():
     _, params = tiny(depth=4)
     rules = ((r"blocks/2/mlp/fc1/kernel", VQSpec(8, 2)), *dit_rules(3))
-    abstract = quantization.abstract_quantized(params, rules)
+    abstract = abstract_quantized(params, rules)
     real = quantize(params, key=jax.random.key(0), rules=rules)
     assert jax.tree.structure(abstract) == jax.tree.structure(real)
     shape = lambda a: (a.shape, jnp.dtype(a.dtype))

@@ -24,7 +24,8 @@ from pallas_kernels.tiles import Tile
 from vq4dit_jax.diffusion import schedule as diffusion
 from vq4dit_jax.networks.dit import DiT, variant
 from vq4dit_jax.networks.inference import prepare_for_inference
-from vq4dit_jax.qarray.quantization import BITS, random_params
+from vq4dit_jax.qarray.rules import BITS
+from vq4dit_jax.qarray.tree import random_params
 from vq4dit_jax.qarray.vq import from_codes
 
 LAYERS, WIDTH, HEADS, IMAGE_TOKENS = 28, 1152, 16, 256

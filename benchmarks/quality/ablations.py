@@ -9,7 +9,7 @@ Costs: 200 steps of batch 8 and 100 images a seed: about three minutes a row and
 
 from benchmarks.quality.rows import Row, Table
 from vq4dit_jax.methods.recipe import CANDIDATES
-from vq4dit_jax.qarray.quantization import dit_rules
+from vq4dit_jax.networks.rules import dit_rules
 from vq4dit_jax.run.config import cifar10
 
 OURS = "configs/cifar10_w2.py"

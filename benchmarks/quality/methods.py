@@ -9,7 +9,9 @@ import jax
 
 from vq4dit_jax import methods
 from vq4dit_jax.methods.moments import input_moments
-from vq4dit_jax.qarray import quantization
+from vq4dit_jax.networks.rules import dit_rules
+from vq4dit_jax.qarray.rules import plan
+from vq4dit_jax.qarray.tree import Sizes, sizes
 from vq4dit_jax.run import config as configs
 from vq4dit_jax.run.pipeline import TRAJECTORIES, Pipeline
 from vq4dit_jax.storage import checkpoint
@@ -26,7 +28,7 @@ class Made:
     """
 
     params: Any
-    sizes: quantization.Sizes
+    sizes: Sizes
     seconds: dict[str, float]
 
 
@@ -40,12 +42,12 @@ class Method:
 
 def full_precision(run: Pipeline, bits: float, group: int | None) -> Made:
     _, teacher = run.teacher
-    return Made(teacher, quantization.sizes(teacher), {})
+    return Made(teacher, sizes(teacher), {})
 
 
 def kmeans(run: Pipeline, bits: float, group: int | None) -> Made:
     run.quantize()
-    return Made(run.kmeans, quantization.sizes(run.kmeans), {"quantize": run.dir.done()["quantize"]})
+    return Made(run.kmeans, sizes(run.kmeans), {"quantize": run.dir.done()["quantize"]})
 
 
 def vq4dit(run: Pipeline, bits: float, group: int | None) -> Made:
@@ -55,7 +57,7 @@ def vq4dit(run: Pipeline, bits: float, group: int | None) -> Made:
     _, params, _ = checkpoint.load_quantized(run.dir.calibration / "hard")
     steps = methods.read_log(run.dir.log)
     seconds = {"quantize": run.dir.done()["quantize"], "calibrate": sum(line["seconds"] for line in steps)}
-    return Made(params, quantization.sizes(params), seconds)
+    return Made(params, sizes(params), seconds)
 
 
 def dkm(run: Pipeline, bits: float, group: int | None) -> Made:
@@ -67,13 +69,13 @@ def dkm(run: Pipeline, bits: float, group: int | None) -> Made:
     )
     params = jax.block_until_ready(params)
     seconds = {"quantize": run.dir.done()["quantize"], "calibrate": time.perf_counter() - begun}
-    return Made(params, quantization.sizes(params), seconds)
+    return Made(params, sizes(params), seconds)
 
 
 def round_to_nearest(run: Pipeline, bits: float, group: int | None) -> Made:
     begun = time.perf_counter()
     made = methods.rtn(run.teacher[1], int(bits), group, other_dtype=run.config.quantize.other_dtype)
-    return Made(made.params, made.sizes, {"quantize": time.perf_counter() - begun})
+    return Made(made, sizes(made), {"quantize": time.perf_counter() - begun})
 
 
 def gptq(run: Pipeline, bits: float, group: int | None) -> Made:
@@ -83,7 +85,7 @@ def gptq(run: Pipeline, bits: float, group: int | None) -> Made:
     moments = input_moments(
         model,
         teacher,
-        [path for path, parts in quantization.plan(teacher, quantization.dit_rules(2)).items() if parts[0].spec],
+        [path for path, parts in plan(teacher, dit_rules(2)).items() if parts[0].spec],
         key=run.key(TRAJECTORIES),
         images=c.batch,
         num_steps=c.trajectory_steps,
@@ -91,7 +93,7 @@ def gptq(run: Pipeline, bits: float, group: int | None) -> Made:
     )
     second = {path: found.second for path, found in moments.items()}
     made = methods.gptq(teacher, second, int(bits), group, other_dtype=run.config.quantize.other_dtype)
-    return Made(made.params, made.sizes, {"quantize": time.perf_counter() - begun})
+    return Made(made, sizes(made), {"quantize": time.perf_counter() - begun})
 
 
 METHODS = {

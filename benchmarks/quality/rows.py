@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from benchmarks.quality.methods import METHODS
 from vq4dit_jax import files
 from vq4dit_jax.errors import InputError
-from vq4dit_jax.qarray.quantization import BITS
+from vq4dit_jax.qarray.rules import BITS
 from vq4dit_jax.run import config as configs
 
 

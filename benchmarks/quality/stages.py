@@ -20,7 +20,7 @@ from benchmarks.quality.rows import Case
 from vq4dit_jax import files
 from vq4dit_jax.errors import InputError
 from vq4dit_jax.methods.agreement import held_out_agreement
-from vq4dit_jax.qarray import quantization
+from vq4dit_jax.qarray.tree import Sizes, dequantize
 from vq4dit_jax.reporting.markup import figure
 from vq4dit_jax.run import config as configs
 from vq4dit_jax.run import generation, sources
@@ -113,10 +113,10 @@ def is_done(case: Case, stage: str) -> bool:
 
 def dense(params: Any) -> Any:
     """All of a tree in float32: its values are those of the stored types."""
-    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), quantization.dequantize(params, jnp.float32))
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), dequantize(params, jnp.float32))
 
 
-def size_figures(sizes: quantization.Sizes) -> dict[str, float | int]:
+def size_figures(sizes: Sizes) -> dict[str, float | int]:
     """Bytes by kind, and bits over the quantized weights (codes, codebooks, scales) and over all parameters (all bytes)."""
     whole = sizes.assignment_bytes + sizes.codebook_bytes + sizes.other_bytes
     every = 8 * whole / sizes.parameters

@@ -19,9 +19,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, UInt8
 
-from vq4dit_jax.integer.grids import Grid, fit_grid, quantize, spread
+from vq4dit_jax.integer.grids import Grid, codes, fit_grid, quantize, spread
 
 DAMPENING = 0.01
 SHARES = (1.0, 0.9, 0.8, 0.7, 0.6)
@@ -47,7 +47,7 @@ def inverse_factor(moments: Float[np.ndarray, "I I"], dampening: float = DAMPENI
 def round_columns(
     weight: Float[Array, "O I"], factor: Float[Array, "I I"], grid: Grid, bits: int, block: int = _BLOCK
 ) -> tuple[Float[Array, "O I"], Float[Array, " O"]]:
-    """(Q, error of each row) for columns in their order, U and the grid of every weight (`uniform.spread`)."""
+    """(Q, error of each row) for columns in their order, U and the grid of every weight (`grids.spread`)."""
     rows, columns = weight.shape
     block = min(block, columns)
     missing = -columns % block
@@ -92,8 +92,8 @@ def quantize_weight(
     shares: tuple[float, ...] = SHARES,
     act_order: bool = True,
     dampening: float = DAMPENING,
-) -> Float[Array, "O I"]:
-    """Q for a weight and the second moments of its inputs; grids as in `uniform.fit_grid`.
+) -> tuple[UInt8[Array, "O I"], Grid]:
+    """(codes, grid of each row and group) for a weight and the second moments of its inputs; grids as in `grids.fit_grid`.
 
     shares: of the ranges, for each row to choose one from; (1.0,) for none. act_order: False for the order of the inputs.
     """
@@ -102,11 +102,14 @@ def quantize_weight(
     factor = jnp.asarray(inverse_factor(moments[np.ix_(order, order)], dampening), jnp.float32)
     best, least = None, None
     for share in shares:
-        grid = spread(fit_grid(weight, bits, group, kind, (share,)), columns, group)
-        found, error = round_columns(weight[:, order], factor, Grid(*(a[:, order] for a in grid)), bits)
+        grid = fit_grid(weight, bits, group, kind, (share,))
+        every = spread(grid, columns, group)
+        found, error = round_columns(weight[:, order], factor, Grid(*(a[:, order] for a in every)), bits)
+        new = (found, *grid)
         if best is None:
-            best, least = found, error
+            best, least = new, error
             continue
-        best = jnp.where((error < least)[:, None], found, best)
+        best = jax.tree.map(lambda a, b, better=error < least: jnp.where(better[:, None], a, b), new, best)
         least = jnp.minimum(error, least)
-    return best[:, np.argsort(order)]
+    found, grid = best[0][:, np.argsort(order)], Grid(*best[1:])
+    return codes(found, grid, bits, group), grid

@@ -32,8 +32,13 @@ SHARES = tuple(np.linspace(1.0, 0.2, 41).tolist())
 class Grid(NamedTuple):
     """Scales (0 where all weights are) and zero points of the groups of consecutive inputs in every row."""
 
-    scale: Float[Array, "O groups"]
-    zero: Float[Array, "O groups"]
+    scale: Float[Array, "*stack O groups"]
+    zero: Float[Array, "*stack O groups"]
+
+
+def fixed_zero(bits: int, kind: str) -> float | None:
+    """The zero point that all groups of such a grid share; None where each has its own."""
+    return {"symmetric": 2.0 ** (bits - 1), "centred": (2**bits - 1) / 2, "asymmetric": None}[kind]
 
 
 def check(bits: int, group: int | None, kind: str) -> None:
@@ -73,9 +78,10 @@ def fit_grid(
         if kind == "asymmetric":
             scale = _half(share * (high - low) / (2**bits - 1))
             return Grid(scale, jnp.clip(jnp.round(_ratio(-share * low, scale)), 0, 2**bits - 1))
-        symmetric = kind == "symmetric"
-        scale = _half(share * jnp.maximum(-low, high) / (2 ** (bits - 1) - (0.5 if symmetric else 0)))
-        return Grid(scale, jnp.full_like(scale, 2 ** (bits - 1) - (0 if symmetric else 0.5)))
+        zero = fixed_zero(bits, kind)
+        # Half a step beyond the outermost level: symmetric 2^(b-1) - 1/2, centred 2^(b-1).
+        scale = _half(share * jnp.maximum(-low, high) / (2**bits - 0.5 - zero))
+        return Grid(scale, jnp.full_like(scale, zero))
 
     def error(grid: Grid) -> Array:
         scale, zero = grid.scale[..., None], grid.zero[..., None]
@@ -108,21 +114,37 @@ def quantize(weight: Array, scale: Array, zero: Array, bits: int) -> Array:
 
 @functools.partial(jax.jit, static_argnames=("columns", "group"))
 def spread(grid: Grid, columns: int, group: int | None) -> Grid:
-    """The grid of every weight, (O, I)."""
+    """The grid of every weight, (*stack, O, I)."""
     group = columns if group is None else group
-    return Grid(*(jnp.repeat(a, group, axis=1, total_repeat_length=a.shape[1] * group)[:, :columns] for a in grid))
+    repeat = lambda a: jnp.repeat(a, group, axis=-1, total_repeat_length=a.shape[-1] * group)[..., :columns]
+    return Grid(*map(repeat, grid))
 
 
 @functools.partial(jax.jit, static_argnames=("bits", "group"))
-def round_to_nearest(weight: Float[Array, "O I"], grid: Grid, bits: int, group: int | None = None) -> Array:
-    """The quantized weight s (q - z), (O, I)."""
-    scale, zero = spread(grid, weight.shape[1], group)
-    return scale * (quantize(weight, scale, zero, bits) - zero)
+def codes(weight: Float[Array, "*stack O I"], grid: Grid, bits: int, group: int | None = None) -> Array:
+    """Codes q of the nearest levels, uint8."""
+    return quantize(weight, *spread(grid, weight.shape[-1], group), bits).astype(jnp.uint8)
+
+
+def decode(codes: Array, grid: Grid, group: int | None = None) -> Float[Array, "*stack O I"]:
+    """The quantized weight s (q - z) in float32."""
+    scale, zero = spread(grid, codes.shape[-1], group)
+    return scale * (codes.astype(jnp.float32) - zero)
+
+
+def round_to_nearest(weight: Float[Array, "*stack O I"], grid: Grid, bits: int, group: int | None = None) -> Array:
+    """The nearest level of every weight's grid."""
+    return decode(codes(weight, grid, bits, group), grid, group)
+
+
+def num_groups(columns: int, group: int | None) -> int:
+    """Grids of a row."""
+    return 1 if group is None else -(-columns // group)
 
 
 def stored_bytes(shape: tuple[int, int], bits: int, group: int | None, kind: str) -> tuple[int, int]:
     """(bytes of packed codes, bytes of scales and zero points) of a weight (O, I)."""
     rows, columns = shape
-    groups = 1 if group is None else -(-columns // group)
+    groups = num_groups(columns, group)
     zeros = packed_bytes(rows * groups, bits) if kind == "asymmetric" else 0
     return rows * packed_bytes(columns, bits), 2 * rows * groups + zeros

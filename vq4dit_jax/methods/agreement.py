@@ -9,7 +9,7 @@ from vq4dit_jax.diffusion import trajectory
 from vq4dit_jax.methods import losses
 from vq4dit_jax.networks.dit import DiT
 from vq4dit_jax.networks.network import Network, as_network, check
-from vq4dit_jax.qarray.quantization import joined
+from vq4dit_jax.qarray.tree import densify
 
 HELD_OUT_IMAGES, HELD_OUT_STEPS = 16, 10
 
@@ -24,7 +24,7 @@ def held_out_agreement(
     network = as_network(model)
     check(network, teacher)
     measure = jax.jit(lambda params, batch: losses.agreement(network, params, batch, cfg_scale))
-    students = {name: joined(params) for name, params in students.items()}
+    students = {name: densify(params) for name, params in students.items()}
     found: dict[str, list] = {name: [] for name in students}
     for batch in trajectory.batches(
         network, teacher, HELD_OUT_STEPS, key=key, images=HELD_OUT_IMAGES, cfg_scale=cfg_scale

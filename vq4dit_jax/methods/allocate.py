@@ -23,8 +23,9 @@ from vq4dit_jax.diffusion import trajectory
 from vq4dit_jax.errors import InputError
 from vq4dit_jax.methods import losses
 from vq4dit_jax.networks.network import Network
-from vq4dit_jax.qarray import quantization
-from vq4dit_jax.qarray.quantization import KEEP, VQSpec
+from vq4dit_jax.qarray.rules import KEEP, Rule
+from vq4dit_jax.qarray.spec import VQSpec
+from vq4dit_jax.qarray.tree import block_path, dequantize, matrices
 
 DISTORTION = {(64, 8): 8.8, (256, 8): 4.2, (64, 4): 2.6, (256, 4): 1.0, (64, 2): 0.32, (256, 2): 0.073}
 """(K, d) -> D, in units of K = 256, d = 4: geometric means over the layers of the built-in model, after
@@ -54,7 +55,7 @@ class Layer:
         now = DISTORTION.get((self.spec.codewords, self.spec.subvector), 1.0)
         specs = (VQSpec(k, d, self.spec.groups) for k, d in DISTORTION if self.columns % d == 0)
         # A codebook that had to shrink for the layer's size is no longer what D was measured with.
-        fitting = (spec for spec in specs if spec == spec.for_shape(self.rows, self.columns))
+        fitting = (spec for spec in specs if spec == spec.for_matrix(self.rows, self.columns))
         menu = {spec: self.share * DISTORTION[spec.codewords, spec.subvector] / now for spec in fitting}
         return menu or {self.spec: self.share}
 
@@ -118,8 +119,8 @@ def _cheapest(menus: list[list[tuple[int, float]]], budget: int) -> list[int]:
     return chosen[::-1]
 
 
-def rules(chosen: Mapping[str, VQSpec]) -> tuple[quantization.Rule, ...]:
-    """For `quantization.quantize`: these paths with these specs, all others kept."""
+def rules(chosen: Mapping[str, VQSpec]) -> tuple[Rule, ...]:
+    """For `quantize`: these paths with these specs, all others kept."""
     return (*((re.escape(path), spec) for path, spec in chosen.items()), (".*", KEEP))
 
 
@@ -137,7 +138,7 @@ def layers(
 
     measure = jax.jit(error)
     teacher = flax.traverse_util.flatten_dict(params, sep="/")
-    dense = flax.traverse_util.flatten_dict(quantization.dequantize(packed, jnp.float32), sep="/")
+    dense = flax.traverse_util.flatten_dict(dequantize(packed, jnp.float32), sep="/")
 
     def total(replaced: dict[str, Any]) -> float:
         student = flax.traverse_util.unflatten_dict(teacher | replaced, sep="/")
@@ -145,9 +146,9 @@ def layers(
 
     together = total(dense)
     out = []
-    for path, block, leaf in quantization.matrices(packed):
+    for path, block, leaf in matrices(packed):
         kernel = dense[path] if block is None else teacher[path].at[block].set(dense[path][block])
         share = total({path: kernel}) / max(together, 1e-30)
         spec = VQSpec(leaf.num_codewords, leaf.subvector_length, leaf.num_groups)
-        out.append(Layer(quantization.block_path(path, block), *leaf.shape, spec, share))
+        out.append(Layer(block_path(path, block), *leaf.matrix, spec, share))
     return out

@@ -24,8 +24,8 @@ from vq4dit_jax.diffusion import trajectory
 from vq4dit_jax.methods import lasting
 from vq4dit_jax.methods.solve_layers import CONDITIONING, quantized_paths
 from vq4dit_jax.networks.network import Network
-from vq4dit_jax.qarray import quantization
-from vq4dit_jax.qarray.vq import VQArray
+from vq4dit_jax.qarray.base import is_quantized
+from vq4dit_jax.qarray.tree import dequantize, map_leaves
 
 IMAGES = 64
 """s of so many is uncertain by about 0.0025 at 3 bits; s(p) - s(0) by much less, for both share their noise."""
@@ -71,7 +71,7 @@ def fit(
     wanted = fine_octaves(teacher)
     paths = [path for path in quantized_paths(student) if not re.fullmatch(CONDITIONING, path)]
     # Dense like the teacher, so that all three runs are one program.
-    dense = jax.tree.map(lambda a: a.astype(jnp.float32), quantization.dequantize(student, jnp.float32))
+    dense = jax.tree.map(lambda a: a.astype(jnp.float32), dequantize(student, jnp.float32))
     flat = flax.traverse_util.flatten_dict(dense, sep="/")
 
     def contrast(factor: float) -> float:
@@ -93,12 +93,6 @@ def slope(found: Float[Array, "B H W C"], wanted: Float[Array, "B H W C"]) -> Fl
 def scaled(packed: Any, paths: list[str], factor: float) -> dict[str, Any]:
     """`packed` with the codebooks at `paths` times `factor`, in the types that they have."""
 
-    def one(leaf: Any) -> Any:
-        if not isinstance(leaf, VQArray):
-            return leaf
-        return leaf.with_codebook((factor * leaf.codebook.astype(jnp.float32)).astype(leaf.codebook.dtype))
-
+    one = lambda leaf: leaf.scaled(factor) if is_quantized(leaf) else leaf
     flat = flax.traverse_util.flatten_dict(packed, sep="/")
-    return flax.traverse_util.unflatten_dict(
-        flat | {path: quantization.map_leaves(one, flat[path]) for path in paths}, sep="/"
-    )
+    return flax.traverse_util.unflatten_dict(flat | {path: map_leaves(one, flat[path]) for path in paths}, sep="/")

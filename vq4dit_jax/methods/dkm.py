@@ -13,6 +13,7 @@ not among the 16 nearest sum to less than 1e-3, so attention is over candidates,
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -31,7 +32,9 @@ from vq4dit_jax.methods.loop import make_student
 from vq4dit_jax.methods.recipe import CANDIDATES, Recipe
 from vq4dit_jax.networks.dit import DiT
 from vq4dit_jax.networks.network import Network, as_network, check
-from vq4dit_jax.qarray.soft import SoftVQArray
+from vq4dit_jax.qarray.base import Cost, Transient, is_quantized, register
+from vq4dit_jax.qarray.spec import VQSpec
+from vq4dit_jax.qarray.tree import Slot, flatten, map_slots
 from vq4dit_jax.qarray.vq import VQArray, from_codes
 
 START, END = 0.25, 0.01
@@ -41,31 +44,42 @@ RECIPE = {**CANDIDATES, "num_candidates": 16}
 """Fields of `methods.Recipe` for this method. Those of ratios, regularizer and freezing are not read."""
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class AttentionArray:
+@register
+class AttentionArray(Transient):
     """A weight as attention over codewords, a leaf that `linear` takes for a kernel.
 
     `codebook` (*stack, G, K, d) float32; `candidates` (*stack, n, O, S) int32; `weight` (*stack, O, I), what attends;
     `tau` (*stack) float32.
     """
 
+    kind = "attention"
     codebook: Any
     candidates: Any
     weight: Any
     tau: Any
 
-    def decode(self) -> Float[Array, "*stack O I"]:
+    @property
+    def matrix(self) -> tuple[int, int]:
+        return tuple(self.weight.shape[-2:])
+
+    @property
+    def stack(self) -> tuple[int, ...]:
+        return tuple(self.tau.shape)
+
+    def decode(self, dtype: Any = None) -> Float[Array, "*stack O I"]:
         """The soft weight; differentiable in the codebook, also through the attention."""
         attend = attention
         for _ in self.tau.shape:
             attend = jax.vmap(attend)
         ratios = attend(self.codebook, self.candidates, self.weight, self.tau)
-        return soft_weights(self.codebook, self.candidates, ratios)
+        weight = soft_weights(self.codebook, self.candidates, ratios)
+        return weight if dtype is None else weight.astype(dtype)
 
-    def matmul(self, x: Float[Array, "*batch I"]) -> Float[Array, "*batch O"]:
-        """x @ W_hat^T of one matrix (no stack axes)."""
-        return jax.lax.dot_general(x, self.decode().astype(x.dtype), (((x.ndim - 1,), (1,)), ((), ())))
+    def cost(self) -> Cost:
+        """Of the hard form with a codebook in float32."""
+        *_, groups, codewords, length = self.codebook.shape
+        spec, (rows, columns), layers = VQSpec(codewords, length, groups), self.matrix, math.prod(self.stack)
+        return Cost(*(layers * n for n in spec.abstract((), rows, columns).cost()))
 
     def harden(self) -> VQArray:
         """Every sub-vector at the nearest of all codewords, packed."""
@@ -103,31 +117,21 @@ class State:
 def make_attentive(recipe: Recipe, teacher: Any, kmeans: Any) -> Any:
     """The tree of `kmeans` with `AttentionArray` leaves, tau at the mean squared distance of each layer."""
 
-    def one(path: Any, leaf: Any, kernel: Any) -> Any:
-        if not isinstance(leaf, SoftVQArray):
+    kernels = flatten(teacher)
+
+    def one(slot: Slot) -> Any:
+        leaf = slot.leaf
+        if not is_quantized(leaf):
             return leaf
-        weight = jnp.swapaxes(jnp.asarray(kernel, jnp.float32), -1, -2)
+        weight = jnp.swapaxes(jnp.asarray(slot.cut(kernels[slot.path]), jnp.float32), -1, -2)
         nearest = jnp.ones(leaf.logits.shape, jnp.float32).at[..., 1:, :, :].set(0)
         hard = soft_weights(leaf.codebook, leaf.candidates, nearest)
         tau = jnp.square(weight - hard).mean((-2, -1)) * leaf.codebook.shape[-1]
         if not (tau > 0).all():
-            raise InputError(f"{jax.tree_util.keystr(path)}: k-means is exact there, and leaves DKM no temperature")
+            raise InputError(f"{slot.path}: k-means is exact there, and leaves DKM no temperature")
         return AttentionArray(leaf.codebook, leaf.candidates, weight, tau)
 
-    soft = make_student(recipe, teacher, kmeans)
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(soft, is_leaf=lambda node: isinstance(node, SoftVQArray))
-    kernels = _parts(soft, teacher)
-    return treedef.unflatten([one(path, leaf, kernel) for (path, leaf), kernel in zip(leaves, kernels, strict=True)])
-
-
-def _parts(soft: Any, teacher: Any) -> list[Any]:
-    """The teacher's kernel for each leaf of `soft`; where those are tuples over consecutive blocks, its slices."""
-    if isinstance(soft, dict):
-        return [part for name in sorted(soft) for part in _parts(soft[name], teacher[name])]
-    if not isinstance(soft, tuple):
-        return [teacher]
-    borders = np.cumsum([jax.tree.leaves(part)[0].shape[0] for part in soft])
-    return np.split(np.asarray(teacher), borders[:-1])
+    return map_slots(one, make_student(recipe, teacher, kmeans))
 
 
 def _flatten(student: Any) -> tuple[dict[str, Any], Any]:

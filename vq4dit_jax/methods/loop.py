@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable
 from typing import Any, TextIO
 
-import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,8 +23,8 @@ from vq4dit_jax.methods.recipe import LAYERWISE, Recipe
 from vq4dit_jax.networks.dit import DiT
 from vq4dit_jax.networks.network import Network, as_network, check
 from vq4dit_jax.progress import progress
-from vq4dit_jax.qarray.soft import soften
-from vq4dit_jax.qarray.vq import VQArray
+from vq4dit_jax.qarray.base import is_quantized
+from vq4dit_jax.qarray.tree import flatten, map_slots
 from vq4dit_jax.storage import checkpoint
 
 _HISTOGRAM_EVERY = 25
@@ -35,37 +34,25 @@ _LAYERWISE, _VARIANCE, _CONTRAST = ((1 << 31) + i for i in range(3))
 
 def make_student(recipe: Recipe, teacher: Any, kmeans: Any) -> dict[str, Any]:
     """The tree of `kmeans` with `SoftVQArray` leaves; candidates come from the teacher's weights."""
-    weights = flax.traverse_util.flatten_dict(teacher, sep="/")
-    leaves = flax.traverse_util.flatten_dict(kmeans, sep="/")
-    if alone := sorted(set(weights) ^ set(leaves)):
+    weights = flatten(teacher)
+    if alone := sorted(set(weights) ^ set(flatten(kmeans))):
         raise InputError(
             f"the quantized tree is not that of the teacher: {alone[0]} is in one of them alone; quantize the very "
             "parameters that are given as the teacher"
         )
-    out = {}
 
     def one(path: str, leaf: Any, kernel: Any) -> Any:
-        if not isinstance(leaf, VQArray):
+        if not is_quantized(leaf):
             return leaf
         weight = np.swapaxes(np.asarray(kernel, np.float32), -1, -2)
-        if weight.shape != (*leaf.stack, *leaf.shape):
+        if weight.shape != (*leaf.stack, *leaf.matrix):
             raise InputError(
-                f"{path} stands for weights {(*leaf.stack, *leaf.shape)}, the teacher's are {weight.shape}; quantize the "
+                f"{path} stands for weights {(*leaf.stack, *leaf.matrix)}, the teacher's are {weight.shape}; quantize the "
                 "very parameters that are given as the teacher"
             )
-        return soften(leaf, weight, min(recipe.num_candidates, leaf.num_codewords), recipe.ratio_start)
+        return leaf.soften(weight, recipe.num_candidates, recipe.ratio_start)
 
-    for path, leaf in leaves.items():
-        if not isinstance(leaf, tuple):
-            out[path] = one(path, leaf, weights[path])
-            continue
-        start, parts = 0, []
-        for part in leaf:
-            stop = start + jax.tree.leaves(part)[0].shape[0]
-            parts.append(one(path, part, weights[path][start:stop]))
-            start = stop
-        out[path] = tuple(parts)
-    return flax.traverse_util.unflatten_dict(out, sep="/")
+    return map_slots(lambda slot: one(slot.path, slot.leaf, slot.cut(weights[slot.path])), kmeans)
 
 
 def calibrate(

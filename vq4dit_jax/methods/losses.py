@@ -25,13 +25,15 @@ def block_distance(student: Any, teacher: Any) -> Float[Array, ""]:
 def paper_regularizer(leaves: list[SoftVQArray]) -> Float[Array, ""]:
     """L_r (eq 9): sum_n (1 - |2r - 1|) averaged over all sub-vectors; n at r = 1/2, 0 where all ratios are 0 or 1."""
     total = sum((1 - jnp.abs(2 * leaf.ratios() - 1)).sum() for leaf in leaves)
-    return total / sum(leaf.frozen.size for leaf in leaves)
+    return total / sum(leaf.num_subvectors for leaf in leaves)
 
 
 def released_regularizer(leaves: list[SoftVQArray]) -> Float[Array, ""]:
     """n * mean of r (1 - r) over the sub-vectors not yet frozen, averaged over layers (the released code)."""
 
     def one(leaf: SoftVQArray) -> Float[Array, "*stack"]:
+        if leaf.num_candidates == 1:
+            return jnp.zeros(leaf.stack)
         ratios = leaf.ratios()
         spread = (ratios * (1 - ratios)).sum((-3, -2, -1))  # 0 where frozen
         live = jnp.maximum((~leaf.frozen).sum((-2, -1), dtype=jnp.float32), 1.0)

@@ -21,12 +21,14 @@ from vq4dit_jax.codebook import solver as layerwise
 from vq4dit_jax.diffusion import schedule as diffusion
 from vq4dit_jax.diffusion import trajectory
 from vq4dit_jax.methods import allocate, lasting, losses
+from vq4dit_jax.methods.kmeans import quantize
 from vq4dit_jax.methods.moments import InputMoments, input_moments
 from vq4dit_jax.methods.recipe import Recipe
 from vq4dit_jax.networks.dit import DiT
 from vq4dit_jax.networks.network import Network, as_network
 from vq4dit_jax.progress import progress
-from vq4dit_jax.qarray import quantization
+from vq4dit_jax.qarray.base import is_quantized
+from vq4dit_jax.qarray.tree import map_leaves, matrices, sizes
 from vq4dit_jax.qarray.vq import VQArray, from_codes
 
 _MOMENTS, _SHARES, _KMEANS, _WEIGHTS = range(4)
@@ -71,16 +73,16 @@ def start(recipe: Recipe, model: DiT | Network, params: Any, packed: Any, key: j
         return finished(_solve_with_progress(params, packed, moments))
     # To compare layers with each other the first pass is enough.
     found = _solve_with_progress(params, packed, moments, feedbacks=1, rounds=1)
-    size = quantization.sizes(packed)
+    size = sizes(packed)
     layers = allocate.layers(network, params, found, key=keys[_SHARES], cfg_scale=recipe.cfg_scale)
-    dtype = next(leaf.codebook.dtype for _, _, leaf in quantization.matrices(packed))
+    dtype = next(leaf.codebook.dtype for _, _, leaf in matrices(packed))
     chosen = allocate.spread(
         layers,
         int(recipe.budget * 8 * size.assignment_bytes),
         8 * dtype.itemsize,
         together=recipe.allocation == "roles",
     )
-    fresh = quantization.quantize(
+    fresh = quantize(
         params,
         key=keys[_KMEANS],
         rules=allocate.rules(chosen),
@@ -117,13 +119,13 @@ def _with_kept(fresh: Any, packed: Any) -> Any:
 
 
 def _solve_with_progress(params: Any, packed: Any, moments: dict[str, InputMoments], **passes: int) -> Any:
-    with progress(sum(1 for _ in quantization.matrices(packed)), "layer by layer", "layer") as bar:
+    with progress(sum(1 for _ in matrices(packed)), "layer by layer", "layer") as bar:
         return solve(params, packed, moments, lambda: bar.update(1), **passes)
 
 
 def quantized_paths(packed: Any) -> list[str]:
     """'/'-joined paths of the leaves that are quantized, also in parts."""
-    return list(dict.fromkeys(path for path, _, _ in quantization.matrices(packed)))
+    return list(dict.fromkeys(path for path, _, _ in matrices(packed)))
 
 
 def solve(
@@ -154,7 +156,7 @@ def solve(
     solved = []
     # A program is compiled, and mostly runs, on one core.
     with concurrent.futures.ThreadPoolExecutor(_AT_ONCE) as pool:
-        for found in pool.map(one, quantization.matrices(packed)):
+        for found in pool.map(one, matrices(packed)):
             solved.append(found)
             on_layer()
     return _again(packed, iter(solved))
@@ -195,7 +197,7 @@ def restore(params: Any, packed: Any, moments: dict[str, InputMoments]) -> Any:
             biases[bias] = biases[bias].at[... if block is None else block].add(shift)
         return np.asarray(codebook), np.asarray(codes)
 
-    again = _again(packed, (one(*matrix) for matrix in quantization.matrices(packed)))
+    again = _again(packed, (one(*matrix) for matrix in matrices(packed)))
     shifted = {path: bias.astype(leaves[path].dtype) for path, bias in biases.items()}
     return flax.traverse_util.unflatten_dict(flax.traverse_util.flatten_dict(again, sep="/") | shifted, sep="/")
 
@@ -205,16 +207,14 @@ def _of_block(stack: Any, block: layerwise.Integer | None) -> Any:
 
 
 def _again(packed: Any, matrices: Iterator[tuple[np.ndarray, np.ndarray]]) -> Any:
-    """`packed` with the (codebook, codes) of `matrices`, which come in the order of `quantization.matrices`."""
+    """`packed` with the (codebook, codes) of `matrices`, which come in the order of `matrices`."""
 
     def again(leaf: Any) -> Any:
-        if not isinstance(leaf, VQArray):
+        if not is_quantized(leaf):
             return leaf
         codebooks, codes = zip(*itertools.islice(matrices, math.prod(leaf.stack)), strict=True)
         codebook = np.stack(codebooks).reshape(leaf.codebook.shape).astype(leaf.codebook.dtype)
         return from_codes(jnp.asarray(codebook), np.stack(codes).reshape(*leaf.stack, *codes[0].shape))
 
     leaves = flax.traverse_util.flatten_dict(packed, sep="/")
-    return flax.traverse_util.unflatten_dict(
-        {path: quantization.map_leaves(again, leaf) for path, leaf in leaves.items()}, sep="/"
-    )
+    return flax.traverse_util.unflatten_dict({path: map_leaves(again, leaf) for path, leaf in leaves.items()}, sep="/")

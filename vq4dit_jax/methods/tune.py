@@ -13,7 +13,6 @@ import dataclasses
 import re
 from typing import Any, NamedTuple
 
-import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import optax
@@ -25,8 +24,9 @@ from vq4dit_jax.errors import InputError
 from vq4dit_jax.methods import losses
 from vq4dit_jax.methods.recipe import Recipe
 from vq4dit_jax.networks.network import Network
-from vq4dit_jax.qarray.quantization import joined
+from vq4dit_jax.qarray.parts import from_parts, parts_of
 from vq4dit_jax.qarray.soft import SoftVQArray
+from vq4dit_jax.qarray.tree import densify, flatten, unflatten
 
 _FROZEN_ENOUGH = 0.99
 """Share of a layer's sub-vectors that must be frozen before its codebooks train, in the released form."""
@@ -61,22 +61,19 @@ def _is_soft(node: Any) -> bool:
 
 
 def _flatten(params: Any) -> dict[str, Any]:
-    """Paths to leaves; the parts of a tuple are numbered."""
+    """Paths to leaves; those in parts are numbered."""
     flat = {}
-    for path, leaf in flax.traverse_util.flatten_dict(params, sep="/").items():
-        if isinstance(leaf, tuple):
-            flat.update({f"{path}#{i}": part for i, part in enumerate(leaf)})
-        else:
-            flat[path] = leaf
+    for path, leaf in flatten(params).items():
+        for i, (start, part) in enumerate(parts_of(leaf)):
+            flat[path if start is None else f"{path}#{i}"] = part
     return flat
 
 
 def _unflatten(flat: dict[str, Any]) -> dict[str, Any]:
-    whole: dict[str, Any] = {}
+    whole: dict[str, list[Any]] = {}
     for path, leaf in flat.items():
-        base, _, part = path.partition("#")
-        whole[base] = (*whole.get(base, ()), leaf) if part else leaf
-    return flax.traverse_util.unflatten_dict(whole, sep="/")
+        whole.setdefault(path.partition("#")[0], []).append(leaf)
+    return unflatten({path: from_parts(parts) for path, parts in whole.items()})
 
 
 def _optimizer(recipe: Recipe) -> optax.GradientTransformation:
@@ -173,7 +170,7 @@ def update(
     def loss_fn(trainable: Trainable) -> tuple[Array, tuple]:
         params = _merge(student, trainable, state.frozen)
         leaves = [leaf for leaf in _flatten(params).values() if _is_soft(leaf)]
-        output, blocks = network.apply(joined(params), batch.x, batch.t, batch.y)
+        output, blocks = network.apply(densify(params), batch.x, batch.t, batch.y)
         l_d = losses.block_distance(blocks, batch.blocks)
         l_s, l_c = losses.step_distance(network, sched, batch, output, recipe.cfg_scale)
         if recipe.regularizer == "paper":
@@ -198,14 +195,15 @@ def update(
 
     threshold = _threshold(recipe, state.step)
     leaves = _flatten(student)
-    fixed = sum(leaves[path].frozen.size for path in trainable.codebooks if path not in state.frozen)
+    fixed = sum(leaves[path].num_subvectors for path in trainable.codebooks if path not in state.frozen)
     frozen, histogram = {}, jnp.zeros(20, jnp.int32).at[-1].set(fixed)
     for path, mask in state.frozen.items():
         axis = mask.ndim - 2
         ratios = jax.nn.softmax(trainable.logits[path], axis)
         frozen[path] = mask | (ratios.max(axis) >= threshold)
         first = ratios.take(0, axis).reshape(-1)
-        histogram += jnp.histogram(first, bins=20, range=(0.0, 1.0))[0].astype(jnp.int32)
+        # In integers: counts in float32 stop at 2^24.
+        histogram += jnp.bincount(jnp.clip((20 * first).astype(jnp.int32), 0, 19), length=20)
     decided = sum((mask.sum(dtype=jnp.float32) for mask in frozen.values()), jnp.float32(fixed))
     metrics = {
         "loss": loss,

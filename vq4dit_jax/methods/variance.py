@@ -24,7 +24,7 @@ from vq4dit_jax.methods import lasting, losses
 from vq4dit_jax.methods.recipe import Recipe
 from vq4dit_jax.networks.dit import DiT
 from vq4dit_jax.networks.network import Network, as_network
-from vq4dit_jax.qarray.quantization import joined
+from vq4dit_jax.qarray.tree import densify
 
 _LEAST = 0.25
 """Of the teacher's variance is what the student keeps at least."""
@@ -101,7 +101,7 @@ def fit(
         return weighted.T @ inputs, weighted.T @ residual.reshape(len(inputs), -1)
 
     batches = trajectory.batches(network, teacher, num_steps, key=key, images=images, cfg_scale=cfg_scale)
-    whole = joined(student)
+    whole = densify(student)
     found = [equations(whole, dataclasses.replace(batch, blocks=None)) for batch in batches]
     matrix, right = (sum(parts) for parts in zip(*found, strict=True))
     scale = jnp.trace(matrix) / len(matrix)

@@ -8,6 +8,7 @@ Images are NHWC in model space: C = 4 latents or C = 3 pixels.
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -20,7 +21,7 @@ from pallas_kernels import ops
 from vq4dit_jax.networks import prepared
 from vq4dit_jax.networks.prepared import PreparedBlocks
 from vq4dit_jax.qarray.linear import Linear, leaf
-from vq4dit_jax.qarray.stack import split_runs
+from vq4dit_jax.qarray.parts import split_runs
 
 _SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
 DIT_VARIANTS: dict[str, dict[str, int]] = {
@@ -254,7 +255,7 @@ class DiT(nn.Module):
     def _runs(self) -> list[Any]:
         """Runs of equal blocks, in order: prepared ones, or stacked parameters."""
         blocks = self._blocks()
-        if isinstance(blocks, dict):
+        if isinstance(blocks, Mapping):
             return split_runs(blocks)
         return list(blocks) if isinstance(blocks, tuple) else [blocks]
 

@@ -11,9 +11,9 @@ from pallas_kernels.weights import PreparedLinear, vq_shapes
 from vq4dit_jax.networks.dit import DiT
 from vq4dit_jax.networks.inference import ACTIVATIONS
 from vq4dit_jax.networks.prepared import PreparedBlocks
-from vq4dit_jax.qarray.quantization import BITS
-from vq4dit_jax.qarray.soft import SoftVQArray
-from vq4dit_jax.qarray.vq import VQArray
+from vq4dit_jax.qarray.base import Transient, is_quantized
+from vq4dit_jax.qarray.parts import parts_of
+from vq4dit_jax.qarray.rules import BITS
 
 _ROWS = ("adaLN of all blocks", "norm, modulate", "qkv", "attention", "proj", "fc1", "fc2")
 
@@ -87,9 +87,10 @@ def _prepared(model: DiT, batch: int, run: PreparedBlocks, facts: selector.Facts
 def _plain(model: DiT, run: Any, facts: selector.Facts) -> dict[str, Choice]:
     kernel = run["attn"]["qkv"]["kernel"]
     reason = "dense weights"
-    if isinstance(kernel, tuple | VQArray):
-        reason = "packed rows, decoded a block at a time; prepare_for_inference(params) makes what the kernels read"
-    elif isinstance(kernel, SoftVQArray):
+    first = parts_of(kernel)[0][1]
+    if isinstance(first, Transient):
         reason = "soft weights, in calibration"
+    elif is_quantized(first):
+        reason = "packed rows, decoded a block at a time; prepare_for_inference(params) makes what the kernels read"
     attention = selector.attention(facts, model.hidden_size // model.num_heads, jnp.dtype(model.dtype))
     return {name: attention if name == "attention" else Choice("xla", reason) for name in _ROWS}

@@ -11,16 +11,15 @@ import numpy as np
 from jaxtyping import Float
 
 from pallas_kernels import nibbles
-from pallas_kernels.weights import ByteWeights, NibbleWeights, PreparedLinear, pair_rows, vq_weights
+from pallas_kernels.weights import ByteWeights, NibbleWeights, PreparedLinear, pair_rows
 from vq4dit_jax.diffusion import schedule as diffusion
 from vq4dit_jax.diffusion.sampling import INITIAL, STEPS, guided, image_keys, noise
 from vq4dit_jax.errors import InputError
 from vq4dit_jax.networks.dit import DiT
 from vq4dit_jax.networks.prepared import PreparedBlocks
-from vq4dit_jax.qarray.quantization import joined
-from vq4dit_jax.qarray.soft import SoftVQArray
-from vq4dit_jax.qarray.stack import split_runs
-from vq4dit_jax.qarray.vq import VQArray
+from vq4dit_jax.qarray.base import is_quantized
+from vq4dit_jax.qarray.parts import split_runs
+from vq4dit_jax.qarray.tree import densify
 
 ACTIVATIONS = {None: jnp.bfloat16, "int8": jnp.int8, "e4m3": jnp.float8_e4m3fn}
 WEIGHTS = (None, "int8", "int4")
@@ -124,18 +123,16 @@ def activation_ranges(
 
 def for_sampling(model: DiT, params: Any, activations: str, cfg_scale: float) -> Any:
     """`params` in the form that runs `activations` fastest: "float32" (as they are; leaves in parts are decoded, see
-    `quantization.joined`), "bfloat16", "int8" or "e4m3".
+    `tree.densify`), "bfloat16", "int8" or "e4m3".
 
     Packed weights stay packed. Dense ones become 8-bit integers, and take "int8" alone. Ranges are sampled with a fixed
     key, so that a recipe makes the same images wherever it runs.
     """
     if activations == "float32":
-        return joined(params)
+        return densify(params)
     if activations not in ("bfloat16", "int8", "e4m3"):
         raise InputError(f"activations={activations}: wanted float32, bfloat16, int8 or e4m3")
-    packed = any(
-        isinstance(leaf, VQArray) for leaf in jax.tree.leaves(params, is_leaf=lambda n: isinstance(n, VQArray))
-    )
+    packed = any(map(is_quantized, jax.tree.leaves(params, is_leaf=is_quantized)))
     if not packed and activations != "int8":
         raise InputError(f"activations={activations}: weights in full precision take float32 or int8")
     weights = None if packed else "int8"
@@ -175,9 +172,16 @@ def _prepare_linear(
     kernel, paired = leaf["kernel"], result_scale is not None
     try:
         if weights is None:
-            packed, row_scale = _vq(name, kernel, dtype, as_one, paired)
+            if not is_quantized(kernel):
+                raise InputError(
+                    f"blocks/{name}/kernel is a {type(kernel).__name__}; wanted packed weights: quantize first, or give weights="
+                )
+            table = _ADALN_TABLE_BYTES if as_one else 0
+            packed, row_scale = kernel.prepare(dtype, as_one=as_one, paired_rows=paired, table_bytes=table)
         else:
             packed, row_scale = _integers(name, kernel, weights, as_one, paired)
+    except InputError:
+        raise
     except ValueError as e:
         raise InputError(f"blocks/{name}/kernel has no form for the kernels: {e}") from e
     bias = np.asarray(leaf["bias"], np.float32)
@@ -194,26 +198,8 @@ def _prepare_linear(
     return PreparedLinear(packed, flat(bias), flat(row_scale), result)
 
 
-def _vq(name: str, kernel: Any, dtype: Any, as_one: bool, paired: bool) -> tuple[Any, np.ndarray | None]:
-    if isinstance(kernel, SoftVQArray) or not isinstance(kernel, VQArray):
-        raise InputError(
-            f"blocks/{name}/kernel is a {type(kernel).__name__}; wanted packed weights: quantize first, or give weights="
-        )
-    codes, codebooks = np.asarray(kernel.codes()), np.asarray(kernel.codebook, np.float32)
-    row_scale = None
-    if dtype.itemsize == 1:
-        scale = np.maximum(np.abs(codebooks).max((-1, -2), keepdims=True), 1e-12) / _LIMIT[dtype]
-        codebooks = codebooks / scale
-        codebooks = np.rint(codebooks) if dtype == np.int8 else codebooks
-        row_scale = np.repeat(scale[..., 0, 0], kernel.shape[0] // kernel.num_groups, axis=1).astype(np.float32)
-    if as_one:
-        codes, codebooks = codes.reshape(1, -1, codes.shape[-1]), codebooks.reshape(1, -1, *codebooks.shape[2:])
-    table = _ADALN_TABLE_BYTES if as_one else _ADALN_TABLE_BYTES // 2
-    return vq_weights(codes, jnp.asarray(codebooks, dtype), paired_rows=paired, table_bytes=table), row_scale
-
-
 def _integers(name: str, kernel: Any, weights: str, as_one: bool, paired: bool) -> tuple[Any, np.ndarray | None]:
-    if isinstance(kernel, VQArray | SoftVQArray):
+    if is_quantized(kernel):
         raise InputError(
             f"blocks/{name}/kernel is a {type(kernel).__name__}; weights={weights!r} are made of dense ones: dequantize"
         )

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from vq4dit_jax.errors import InputError
 from vq4dit_jax.networks.dit import DiT
-from vq4dit_jax.qarray.linear import is_quantized
+from vq4dit_jax.qarray.base import is_quantized
 
 
 @dataclasses.dataclass(frozen=True)

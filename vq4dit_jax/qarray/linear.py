@@ -1,30 +1,16 @@
-"""The only place that knows that a kernel may be an array or a quantized leaf.
-
-A quantized leaf is a pytree node with `matmul(x) -> x @ W^T` for W (O, I): `vq.VQArray` (packed), `vq.SoftVQArray` (in
-calibration), or whatever else stands in a kernel's place (`QuantizedLeaf`).
-"""
+"""The Linear whose kernel may be an array or a quantized leaf."""
 
 from collections.abc import Callable
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from vq4dit_jax.qarray.base import QuantizedArray, is_quantized
 
-@runtime_checkable
-class QuantizedLeaf(Protocol):
-    """What stands in a kernel's place. `matmul` is of one matrix: stack axes are gone when it is called."""
-
-    def matmul(self, x: jax.Array) -> jax.Array: ...
-
-
-Kernel = jax.Array | QuantizedLeaf
-
-
-def is_quantized(leaf: Any) -> bool:
-    return isinstance(leaf, QuantizedLeaf)
+Kernel = jax.Array | QuantizedArray
 
 
 def linear(x: Float[Array, "*batch I"], kernel: Kernel, bias: Float[Array, " O"] | None) -> Float[Array, "*batch O"]:

@@ -1,6 +1,6 @@
 """`SoftVQArray`: a weight as a ratio-weighted mean of its candidate codewords, the form that calibration trains."""
 
-import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -8,60 +8,89 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+import pallas_kernels
 from pallas_kernels.soft_weights import soft_weights
 from vq4dit_jax.codebook.kmeans import nearest_codewords
+from vq4dit_jax.codebook.packing import packed_bytes
+from vq4dit_jax.qarray.base import Cost, Transient, register, static
 from vq4dit_jax.qarray.vq import VQArray, from_codes
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class SoftVQArray:
+@register
+class SoftVQArray(Transient):
     """W_hat = sum_n r_n C[a_n] with r = softmax(z) over the n candidates of each sub-vector (VQ4DiT, eq 5 to 7).
 
     Invariants:
-      * `codebook` (*stack, G, K, d) float32; `candidates` (*stack, n, O, S) int32 below K, nearest first;
-        `logits` z (*stack, n, O, S) float32; `frozen` (*stack, O, S) bool.
-      * a frozen sub-vector counts as its candidate of largest logit alone, and its logits get no gradient.
-      * `shape` = (O, I) is static, I = S*d.
+      * `codebook` (*stack, G, K, d) float32.
+      * with n > 1 candidates: `candidates` (*stack, n, O, S) int32 below K, nearest first; `logits` z (*stack, n, O, S)
+        float32; `frozen` (*stack, O, S) bool; `assignments` is None. A frozen sub-vector counts as its candidate of
+        largest logit alone, and its logits get no gradient.
+      * with one candidate: `assignments` are the packed codes of a `VQArray`; the other three are None. There is nothing
+        to choose, and the codes take the memory that they take on disk.
+      * `matrix` = (O, I), I = S*d.
     """
 
+    kind = "soft"
     codebook: Any
     candidates: Any
     logits: Any
     frozen: Any
-    shape: tuple[int, int] = dataclasses.field(metadata={"static": True})
+    matrix: tuple[int, int] = static()
+    assignments: Any = None
+
+    @property
+    def stack(self) -> tuple[int, ...]:
+        return tuple(self.codebook.shape[:-3])
 
     @property
     def num_candidates(self) -> int:
-        return self.candidates.shape[-3]
+        return 1 if self.candidates is None else self.candidates.shape[-3]
+
+    @property
+    def num_subvectors(self) -> int:
+        """Of the whole stack."""
+        return math.prod(self.stack) * self.matrix[0] * (self.matrix[1] // self.codebook.shape[-1])
+
+    def _fixed(self) -> VQArray:
+        return VQArray(self.codebook, self.assignments, self.matrix)
 
     def ratios(self) -> Float[Array, "*stack n O S"]:
         """r, exactly one-hot where frozen."""
-        if self.num_candidates == 1:
-            return jnp.ones_like(self.logits)
+        if self.candidates is None:
+            return jnp.ones((*self.stack, 1, self.matrix[0], self.matrix[1] // self.codebook.shape[-1]), jnp.float32)
         axis = self.logits.ndim - 3
         hard = jax.nn.one_hot(self.logits.argmax(axis), self.logits.shape[axis], axis=axis, dtype=self.logits.dtype)
         return jnp.where(jnp.expand_dims(self.frozen, axis), hard, jax.nn.softmax(self.logits, axis))
 
-    def decode(self) -> Float[Array, "*stack O I"]:
+    def decode(self, dtype: Any = None) -> Float[Array, "*stack O I"]:
         """The soft weight; differentiable in codebook and logits."""
-        return soft_weights(self.codebook, self.candidates, self.ratios())
+        candidates = self.candidates
+        if candidates is None:
+            candidates = jnp.expand_dims(self._fixed().codes(), len(self.stack))
+        weight = soft_weights(self.codebook, candidates, self.ratios())
+        return weight if dtype is None else weight.astype(dtype)
 
-    def matmul(self, x: Float[Array, "*batch I"]) -> Float[Array, "*batch O"]:
-        """x @ W_hat^T of one matrix (no stack axes)."""
-        return jax.lax.dot_general(x, self.decode().astype(x.dtype), (((x.ndim - 1,), (1,)), ((), ())))
+    def cost(self) -> Cost:
+        """Of the hard form with a codebook in float32."""
+        rows, columns = self.matrix
+        *_, codewords, length = self.codebook.shape
+        layers, bits = math.prod(self.stack), pallas_kernels.code_bits(codewords)
+        codes = layers * rows * packed_bytes(columns // length, bits)
+        return Cost(layers * rows * columns, codes, 4 * math.prod(self.codebook.shape))
+
+    def tunable(self) -> dict[str, Any]:
+        """The codebook; and the logits, where there is a choice."""
+        found = {"codebook": self.codebook}
+        return found if self.candidates is None else {**found, "logits": self.logits}
 
     def harden(self) -> VQArray:
         """The candidate of largest ratio (the earlier one of equals), packed. Step 9 of the method."""
+        if self.candidates is None:
+            return self._fixed()
         axis = self.logits.ndim - 3
         best = jnp.expand_dims(self.logits.argmax(axis), axis)
         codes = jnp.take_along_axis(self.candidates, best, axis).squeeze(axis)
         return from_codes(self.codebook, np.asarray(codes))
-
-
-def subvectors(weight: Float[np.ndarray, "O I"], num_groups: int, length: int) -> Float[np.ndarray, "G P d"]:
-    """Cuts W along its inputs: group g holds the O/G*S sub-vectors of its rows, row after row."""
-    return np.asarray(weight, np.float32).reshape(num_groups, -1, length)
 
 
 def soften(
@@ -71,17 +100,15 @@ def soften(
 
     `start` "uniform": z = 0, r = 1/n (the paper). "distance": z_i = log(dist_n / (dist_i + 1e-5)) with squared
     distances, z_n = 0, so r is proportional to 1/distance (the released code).
-    With one candidate it is the code that `hard` has, nearest or not, and is frozen.
+    With one candidate it is the code that `hard` has, nearest or not.
     """
     if start not in ("uniform", "distance"):
         raise ValueError(f"start={start!r}: wanted 'uniform' or 'distance'")
-    rows, columns = hard.shape
+    rows, columns = hard.matrix
     stack, groups = hard.stack, hard.num_groups
     codebook = jnp.asarray(hard.codebook, jnp.float32)
     if num_candidates == 1:
-        candidates = jnp.expand_dims(hard.codes(), len(stack))
-        frozen = jnp.ones((*stack, *candidates.shape[-2:]), bool)
-        return SoftVQArray(codebook, candidates, jnp.zeros(candidates.shape, jnp.float32), frozen, hard.shape)
+        return SoftVQArray(codebook, None, None, None, hard.matrix, jnp.asarray(hard.assignments))
     codebooks = np.asarray(hard.codebook, np.float32).reshape(-1, hard.num_codewords, hard.subvector_length)
     vectors = np.asarray(weight, np.float32).reshape(len(codebooks), -1, hard.subvector_length)
     found = [nearest_codewords(v, c, num_candidates) for v, c in zip(vectors, codebooks, strict=True)]
@@ -100,4 +127,4 @@ def soften(
         last = distances.take([-1], axis=len(stack))
         logits = (np.log(last + 1e-5) - np.log(distances + 1e-5)).astype(np.float32)
     frozen = np.zeros((*stack, rows, candidates.shape[-1]), bool)
-    return SoftVQArray(codebook, jnp.asarray(candidates), jnp.asarray(logits), jnp.asarray(frozen), hard.shape)
+    return SoftVQArray(codebook, jnp.asarray(candidates), jnp.asarray(logits), jnp.asarray(frozen), hard.matrix)

@@ -9,7 +9,9 @@ import ml_collections
 from vq4dit_jax.diffusion.sampling import SAMPLERS
 from vq4dit_jax.errors import InputError
 from vq4dit_jax.methods.recipe import FINE, LAYERWISE, Recipe
-from vq4dit_jax.qarray.quantization import BITS, KEEP, Rule, VQSpec, dit_rules
+from vq4dit_jax.networks.rules import dit_rules
+from vq4dit_jax.qarray.rules import BITS, Rule
+from vq4dit_jax.qarray.spec import spec_from_json
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -121,7 +123,7 @@ def rules(config: ml_collections.ConfigDict) -> tuple[Rule, ...]:
     bits = config.quantize.bits
     if not config.quantize.rules:
         return dit_rules(int(bits) if bits == int(bits) else bits)
-    return tuple((pattern, VQSpec(*spec) if spec else KEEP) for pattern, spec in config.quantize.rules)
+    return tuple((pattern, spec_from_json(spec)) for pattern, spec in config.quantize.rules)
 
 
 def validate(config: ml_collections.ConfigDict) -> None:

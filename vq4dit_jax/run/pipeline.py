@@ -20,10 +20,13 @@ from absl import logging
 from vq4dit_jax import __version__, evaluation, files, methods, reporting
 from vq4dit_jax.errors import InputError
 from vq4dit_jax.methods.agreement import held_out_agreement
+from vq4dit_jax.methods.kmeans import quantize
 from vq4dit_jax.networks import inference
 from vq4dit_jax.networks.dit import DiT, variant
 from vq4dit_jax.progress import progress
-from vq4dit_jax.qarray import quantization
+from vq4dit_jax.qarray.cast import cast_kept
+from vq4dit_jax.qarray.rules import plan
+from vq4dit_jax.qarray.tree import random_params, sizes
 from vq4dit_jax.reporting.layers import layer_table
 from vq4dit_jax.run import config as configs
 from vq4dit_jax.run import generation, sources, summary
@@ -130,7 +133,7 @@ class Pipeline:
                 _ = self.decoder
                 if self.found["classifier"] and self.found["reference"]:
                     sources.check_judge(self.found["classifier"], self.found["reference"])
-                logging.info("%s: %d parameters", _title(self.config, model), quantization.sizes(params).parameters)
+                logging.info("%s: %d parameters", _title(self.config, model), sizes(params).parameters)
 
     def quantize(self) -> None:
         """k-means: codebooks and assignments of every Linear that the rules name."""
@@ -139,16 +142,17 @@ class Pipeline:
                 return
             model, teacher = self.teacher
             rules, c = configs.rules(self.config), self.config.quantize
-            roles = sum(any(p.spec for p in parts) for parts in quantization.plan(teacher, rules).values())
+            roles = sum(any(p.spec for p in parts) for parts in plan(teacher, rules).values())
             with progress(roles, "k-means", "layer stack") as bar:
-                packed = quantization.quantize(
-                    _cast_kept(teacher, c.other_dtype),
+                packed = quantize(
+                    teacher,
                     key=self.key(KMEANS),
                     rules=rules,
                     codebook_dtype=c.codebook_dtype,
                     max_iterations=c.kmeans_iterations,
                     on_leaf=lambda path: bar.update(1),
                 )
+            packed = cast_kept(packed, c.other_dtype)
             checkpoint.save_quantized(self.dir.calibration / "kmeans", model, packed, {"stage": "k-means only"})
 
     def calibrate(self) -> None:
@@ -259,7 +263,7 @@ class Pipeline:
                 self.config.calibration.cfg_scale,
                 self.key(HELD_OUT),
             )
-            size = quantization.sizes(packed)
+            size = sizes(packed)
             quality = {
                 (name, steps): self._quality(name, steps)
                 for steps in self._all_steps()
@@ -319,15 +323,8 @@ def load_teacher(c: Any, key: jax.Array) -> tuple[DiT, Any]:
         model = variant(c.variant, **overrides)
         x, label = jnp.zeros((1, c.input_size, c.input_size, model.in_channels)), jnp.zeros((1,), jnp.int32)
         shapes = jax.eval_shape(model.init, jax.random.key(0), x, label, label)["params"]
-        return model, quantization.random_params(shapes, key)
+        return model, random_params(shapes, key)
     return sources.open_pretrained(c.checkpoint, c.variant, c.num_heads, c.num_classes)
-
-
-def _cast_kept(params: Any, dtype: str) -> Any:
-    """Biases and kept layers in their stored type; the kernels that k-means sees stay as they are."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, a: a if path[-1].key == "kernel" and path[0].key == "blocks" else a.astype(dtype), params
-    )
 
 
 def _title(config: Any, model: DiT) -> str:

@@ -3,7 +3,7 @@
 from typing import Any
 
 from vq4dit_jax import files
-from vq4dit_jax.qarray import quantization
+from vq4dit_jax.qarray.tree import Sizes
 from vq4dit_jax.run.workdir import Workdir
 from vq4dit_jax.storage import provenance
 
@@ -17,7 +17,7 @@ def metrics(
     workdir: Workdir,
     config: Any,
     title: str,
-    size: quantization.Sizes,
+    size: Sizes,
     quality: dict[str, dict[str, Any]],
     held_out: dict[str, tuple[float, float]],
     log: list[dict[str, Any]],
@@ -76,7 +76,7 @@ def _times(workdir: Workdir, log: list[dict[str, Any]]) -> dict[str, float]:
     return {**times, "calibrate": round(sum(line["seconds"] for line in log), 3)}
 
 
-def table_row(name: str, steps: int, config: Any, size: quantization.Sizes, found: dict[str, Any]) -> dict[str, Any]:
+def table_row(name: str, steps: int, config: Any, size: Sizes, found: dict[str, Any]) -> dict[str, Any]:
     """A row of table.json (see `reporting.table`): one model of METHODS, sampled in `steps`."""
     packed = size.assignment_bytes + size.codebook_bytes + size.other_bytes
     return {

@@ -1,16 +1,16 @@
 """The packed model on disk: orbax and safetensors, one manifest. Describes itself; loads with no config.
 
-Both files hold the same arrays under the same names: a quantized kernel is two arrays, `<path>/codebook` and
-`<path>/assignments`; all else is one array under its path. `docs/checkpoints.md` decodes them in five lines of numpy.
+Both files hold the same arrays under the same names: a quantized kernel is its leaf's arrays, `<path>/<name>` (of a
+`VQArray` codebook and assignments); all else is one array under its path. `docs/checkpoints.md` decodes them in five lines
+of numpy.
 """
 
 import contextlib
-import dataclasses
 import json
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import flax.traverse_util
@@ -19,119 +19,78 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-import pallas_kernels
 from vq4dit_jax import files
 from vq4dit_jax.errors import InputError
 from vq4dit_jax.files import atomic_path
-from vq4dit_jax.networks.dit import DiT
-from vq4dit_jax.qarray.vq import VQArray, validate
+from vq4dit_jax.networks.registry import Model, check_fits, restore
+from vq4dit_jax.qarray.base import KINDS, is_quantized
+from vq4dit_jax.qarray.parts import from_parts, is_parts, parts_of
+from vq4dit_jax.qarray.tree import flatten as flatten_tree
+from vq4dit_jax.qarray.tree import unflatten
+from vq4dit_jax.storage import manifest as manifests
+from vq4dit_jax.storage.manifest import Manifest
 
-FORMAT, VERSION = "vq4dit-jax", 1
 _PART = "part_"
-_FOREIGN = "foreign"
-Model = Any
-"""A `DiT`, or a dict of JSON values that describes a network that is not ours; `_describe` refuses others."""
 
 
-def _fields(model: DiT) -> dict[str, Any]:
-    """The module's own fields, JSON-ready."""
-    skip = {"parent", "name", "remat"}  # remat is no property of the model
-    values = {f.name: getattr(model, f.name) for f in dataclasses.fields(model) if f.name not in skip}
-    return {**values, "dtype": jnp.dtype(model.dtype).name}
-
-
-def _describe(model: Model) -> dict[str, Any]:
-    """The manifest's `model`: a DiT's class and fields, or the metadata of a network that is not ours."""
-    if isinstance(model, DiT):
-        return {"class": "DiT", "fields": _fields(model)}
-    if not isinstance(model, Mapping):
-        raise InputError(
-            f"model is a {type(model).__name__}; wanted a vq4dit_jax.DiT, or for a network of your own a dict that "
-            "describes it, such as {'name': ..., 'depth': ...}"
-        )
-    try:
-        return {"class": _FOREIGN, "metadata": json.loads(json.dumps(dict(model), allow_nan=False))}
-    except (TypeError, ValueError) as error:
-        raise InputError(
-            f"the dict that describes your network is no JSON ({error}); wanted text, numbers, lists"
-        ) from None
-
-
-def _restore(described: dict[str, Any]) -> Model:
-    """What `_describe` was given."""
-    if described["class"] == _FOREIGN:
-        return described["metadata"]
-    fields = described["fields"]
-    return DiT(**{**fields, "dtype": jnp.dtype(fields["dtype"])})
+def _named(params: Any) -> Iterator[tuple[str, Any]]:
+    """(name in the file, leaf) of every leaf; the parts of a stack are numbered."""
+    for path, leaf in flatten_tree(params).items():
+        for i, (_, part) in enumerate(parts_of(leaf)):
+            yield (f"{path}/{_PART}{i}" if is_parts(leaf) else path), part
 
 
 def flatten(params: Any) -> dict[str, np.ndarray]:
-    """'/'-joined names to numpy arrays, quantized leaves as their two arrays, parts of a mixed stack numbered."""
+    """'/'-joined names to numpy arrays, quantized leaves as their own arrays, parts of a stack numbered."""
     out: dict[str, np.ndarray] = {}
-    for path, leaf in flax.traverse_util.flatten_dict(params, sep="/").items():
-        for name, part in _named_parts(path, leaf):
-            if isinstance(part, VQArray):
-                out[f"{name}/codebook"] = np.asarray(part.codebook)
-                out[f"{name}/assignments"] = np.asarray(part.assignments)
-            else:
-                out[name] = np.asarray(part)
+    for name, leaf in _named(params):
+        if is_quantized(leaf):
+            out.update({f"{name}/{key}": np.asarray(array) for key, array in leaf.arrays().items()})
+        else:
+            out[name] = np.asarray(leaf)
     return out
 
 
-def _named_parts(path: str, leaf: Any) -> list[tuple[str, Any]]:
-    if isinstance(leaf, tuple):
-        return [(f"{path}/{_PART}{i}", part) for i, part in enumerate(leaf)]
-    return [(path, leaf)]
-
-
 def make_manifest(model: Model, params: Any, extra: dict[str, Any] | None = None) -> dict[str, Any]:
-    """What a reader needs beside the arrays. `quantized` maps a path to the static facts of its `VQArray`."""
-    quantized, mixed = {}, {}
-    for path, leaf in flax.traverse_util.flatten_dict(params, sep="/").items():
-        if isinstance(leaf, tuple):
-            mixed[path] = len(leaf)
-        for name, part in _named_parts(path, leaf):
-            if isinstance(part, VQArray):
-                quantized[name] = {
-                    "shape": list(part.shape),
-                    "codewords": part.num_codewords,
-                    "subvector": part.subvector_length,
-                    "groups": part.num_groups,
-                    "code_bits": pallas_kernels.code_bits(part.num_codewords),
-                }
-    return {
-        "format": FORMAT,
-        "version": VERSION,
-        "model": _describe(model),
-        "quantized": quantized,
-        "mixed": mixed,
-        "extra": extra or {},
-    }
+    """What a reader needs beside the arrays. `quantized` maps a name to the kind and the static facts of its leaf."""
+    quantized = {name: {"kind": leaf.kind, **leaf.facts()} for name, leaf in _named(params) if is_quantized(leaf)}
+    mixed = {path: len(leaf) for path, leaf in flatten_tree(params).items() if is_parts(leaf)}
+    return manifests.make(model, quantized, mixed, extra)
 
 
 def _rebuild(arrays: dict[str, Any], manifest: dict[str, Any], source: str) -> tuple[Model, dict[str, Any]]:
     """Arrays and manifest back to (model, params), validated."""
-    if manifest.get("format") != FORMAT:
-        raise InputError(f"{source} is no vq4dit-jax model (its manifest says format={manifest.get('format')!r})")
-    if manifest["version"] > VERSION:
-        raise InputError(
-            f"{source} has manifest version {manifest['version']}; this vq4dit-jax reads {VERSION}; update it"
-        )
-    arrays = dict(arrays)
-    for name, facts in manifest["quantized"].items():
-        try:
-            codebook, codes = arrays.pop(f"{name}/codebook"), arrays.pop(f"{name}/assignments")
-        except KeyError as missing:
-            raise InputError(
-                f"{source}: array {missing} is in the manifest and not in the file; it is damaged"
-            ) from None
-        leaf = VQArray(codebook, codes, tuple(facts["shape"]))
-        validate(leaf, f"{source}: {name}")
-        arrays[name] = leaf
-    for path, count in manifest["mixed"].items():
-        arrays[path] = tuple(arrays.pop(f"{path}/{_PART}{i}") for i in range(count))
-    params = flax.traverse_util.unflatten_dict(arrays, sep="/")
-    return _restore(manifest["model"]), jax.tree.map(jnp.asarray, params)
+    read = manifests.read(manifest, source)
+    model = restore(read.model, source)
+    leaves = _kept(arrays, read, source)
+    for name, facts in read.quantized.items():
+        own = {key[len(name) + 1 :]: a for key, a in arrays.items() if key.startswith(name + "/")}
+        leaves[name] = KINDS[facts["kind"]].restore(own, facts, f"{source}: {name}")
+    for path, count in read.mixed.items():
+        names = [f"{path}/{_PART}{i}" for i in range(count)]
+        if missing := [name for name in names if name not in leaves]:
+            raise InputError(f"{source}: {missing[0]} is in the manifest and not in the file; it is damaged")
+        leaves[path] = from_parts([leaves.pop(name) for name in names])
+    try:
+        params = unflatten(leaves)
+        flatten_tree(params)
+    except (ValueError, TypeError, AttributeError) as error:  # a name that is an array and a folder of others
+        raise InputError(f"{source}: the names of its arrays make no tree ({error}); it is damaged") from None
+    check_fits(model, params, source)
+    return model, jax.tree.map(jnp.asarray, params)
+
+
+def _kept(arrays: dict[str, Any], read: Manifest, source: str) -> dict[str, Any]:
+    """The arrays that belong to no quantized leaf; InputError for what no parameter is."""
+    owned = tuple(name + "/" for name in read.quantized)
+    kept = {name: a for name, a in arrays.items() if not (owned and name.startswith(owned))}
+    for name, array in kept.items():
+        floating = jnp.issubdtype(array.dtype, jnp.floating)
+        if not floating and array.dtype.kind not in "iub":
+            raise InputError(f"{source}: {name[:80]} is {array.dtype}; wanted numbers")
+        if floating and not np.isfinite(np.asarray(array, np.float32)).all():
+            raise InputError(f"{source}: {name[:80]} holds NaN or infinity; the file is damaged, make it again")
+    return kept
 
 
 def save_quantized(path: str | os.PathLike, model: Model, params: Any, extra: dict[str, Any] | None = None) -> None:
@@ -140,8 +99,7 @@ def save_quantized(path: str | os.PathLike, model: Model, params: Any, extra: di
     `model` is a `DiT`, or, for a network that is not ours, a dict of JSON values: what you will want to know to
     build it again. `extra` is any JSON value to keep in the manifest (the recipe, say). Written beside and renamed.
     """
-    tree = flax.traverse_util.unflatten_dict(flatten(params), sep="/")
-    save_tree(path, tree, make_manifest(model, params, extra))
+    save_tree(path, unflatten(flatten(params)), make_manifest(model, params, extra))
 
 
 def load_quantized(path: str | os.PathLike) -> tuple[Model, dict[str, Any], dict[str, Any]]:
@@ -150,7 +108,7 @@ def load_quantized(path: str | os.PathLike) -> tuple[Model, dict[str, Any], dict
     Of a network that is not ours `model` is the dict it was saved with; its module runs on `dequantize(params)`.
     """
     tree, manifest = load_tree(path)
-    arrays = flax.traverse_util.flatten_dict(tree, sep="/")
+    arrays = flax.traverse_util.flatten_dict(tree, sep="/") if isinstance(tree, dict) else {}
     return *_rebuild(arrays, manifest, str(path)), manifest
 
 
@@ -161,7 +119,8 @@ def save_safetensors(file: str | os.PathLike, model: Model, params: Any, extra: 
     manifest = make_manifest(model, params, extra)
     arrays = {name: np.ascontiguousarray(a) for name, a in flatten(params).items()}
     with atomic_path(file) as partial:
-        save_file(arrays, partial, metadata={"format": FORMAT, "manifest": json.dumps(manifest)})
+        # One entry, because safetensors writes several in an order that differs from process to process.
+        save_file(arrays, partial, metadata={"manifest": json.dumps(manifest, sort_keys=True)})
         partial.chmod(0o666 & ~_umask())  # safetensors writes it for its owner alone
 
 
@@ -185,7 +144,7 @@ def load_safetensors(file: str | os.PathLike) -> tuple[Model, dict[str, Any], di
         raise InputError(f"{file} is no readable safetensors file ({error}); it is truncated or damaged") from None
     if "manifest" not in metadata:
         raise InputError(f"{file} has no vq4dit-jax manifest; a full-precision checkpoint is loaded by load_pretrained")
-    manifest = json.loads(metadata["manifest"])
+    manifest = manifests.parse(metadata["manifest"], str(file))
     return *_rebuild(arrays, manifest, str(file)), manifest
 
 
