@@ -19,11 +19,10 @@ _HOME = {
     "DiT": "vq4dit_jax.networks.dit",
     "KEEP": "vq4dit_jax.qarray.quantization",
     "Network": "vq4dit_jax.networks.network",
-    "Recipe": "vq4dit_jax.methods.recipe",
     "VQArray": "vq4dit_jax.qarray.vq",
     "VQSpec": "vq4dit_jax.qarray.quantization",
     "activation_ranges": "vq4dit_jax.networks.inference",
-    "calibrate": "vq4dit_jax.methods.loop",
+    "calibrate": "vq4dit_jax.methods.calibrate",
     "dequantize": "vq4dit_jax.qarray.quantization",
     "explain_kernels": "vq4dit_jax.networks.explain",
     "load_pretrained": "convert.load",
@@ -32,12 +31,12 @@ _HOME = {
     "load_vae": "convert.vae",
     "prepare_for_inference": "vq4dit_jax.networks.inference",
     "quantize": "vq4dit_jax.qarray.quantization",
-    "sample": "vq4dit_jax.diffusion.sampling",
+    "sample": "vq4dit_jax.networks.sampling",
     "save_quantized": "vq4dit_jax.storage.checkpoint",
     "save_safetensors": "vq4dit_jax.storage.checkpoint",
     "sizes": "vq4dit_jax.qarray.quantization",
 }
-_MODULES = ("diffusion", "evaluation", "methods", "networks", "qarray", "reporting")
+_MODULES = ("diffusion", "errors", "evaluation", "methods", "networks", "qarray", "reporting")
 
 __all__ = [*_HOME, *_MODULES]
 
