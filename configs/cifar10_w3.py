@@ -7,7 +7,7 @@ Gives: nearer to the original than 2 bits, half as large again on disk. With 325
 
 from ml_collections import ConfigDict
 
-from vq4dit_jax.methods.recipe import FINE
+from vq4dit_jax.methods.vq4dit import FINE
 from vq4dit_jax.run.config import cifar10
 
 

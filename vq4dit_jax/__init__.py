@@ -21,11 +21,10 @@ _HOME = {
     "IntSpec": "vq4dit_jax.qarray.spec",
     "KEEP": "vq4dit_jax.qarray.rules",
     "Network": "vq4dit_jax.networks.network",
-    "Recipe": "vq4dit_jax.methods.recipe",
     "VQArray": "vq4dit_jax.qarray.vq",
     "VQSpec": "vq4dit_jax.qarray.spec",
     "activation_ranges": "vq4dit_jax.networks.inference",
-    "calibrate": "vq4dit_jax.methods.loop",
+    "calibrate": "vq4dit_jax.methods.calibrate",
     "dequantize": "vq4dit_jax.qarray.tree",
     "explain_kernels": "vq4dit_jax.networks.explain",
     "load_pretrained": "convert.load",
@@ -34,12 +33,12 @@ _HOME = {
     "load_vae": "convert.vae",
     "prepare_for_inference": "vq4dit_jax.networks.inference",
     "quantize": "vq4dit_jax.methods.kmeans",
-    "sample": "vq4dit_jax.diffusion.sampling",
+    "sample": "vq4dit_jax.networks.sampling",
     "save_quantized": "vq4dit_jax.storage.checkpoint",
     "save_safetensors": "vq4dit_jax.storage.checkpoint",
     "sizes": "vq4dit_jax.qarray.tree",
 }
-_MODULES = ("diffusion", "evaluation", "methods", "networks", "qarray", "reporting")
+_MODULES = ("diffusion", "errors", "evaluation", "methods", "networks", "qarray", "reporting")
 
 __all__ = [*_HOME, *_MODULES]
 

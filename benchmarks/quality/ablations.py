@@ -2,13 +2,13 @@
 
     python -m benchmarks.quality --config=benchmarks/quality/ablations.py --seeds=3 --workdir=DIR
 
-`soft` is VQ4DiT with the rates and the schedule of `calibration.recipe.CANDIDATES`, `ours` the default recipe. What tells rows
+`soft` is VQ4DiT with the rates and the schedule of `methods.vq4dit.CANDIDATES`, `ours` the default recipe. What tells rows
 apart is the PSNR to full precision, L_d and the noise error: 300 images are too few for a Frechet distance.
 Costs: 200 steps of batch 8 and 100 images a seed: about three minutes a row and seed on two CPU cores.
 """
 
 from benchmarks.quality.rows import Row, Table
-from vq4dit_jax.methods.recipe import CANDIDATES
+from vq4dit_jax.methods.vq4dit import CANDIDATES
 from vq4dit_jax.networks.rules import dit_rules
 from vq4dit_jax.run.config import cifar10
 
@@ -42,8 +42,8 @@ CHANGES = {
         "no_steps": {"steps": 1},
         "given_bits": {"allocation": "given"},
         "roles": {"allocation": "roles"},
-        "no_step_loss": {"lambda_s": 0.0},
-        "blocks_only": {"tuned": ""},
+        "no_step_loss": {"lambda_s": 0.0, "variance": False},
+        "blocks_only": {"tuned": "", "variance": False},
         "constant_rates": {"schedule": "constant"},
     },
 }

@@ -5,7 +5,7 @@ benchmarks/results/quality_cifar10/table.md says what it gave, with 500 steps of
 
 from ml_collections import ConfigDict
 
-from vq4dit_jax.methods.recipe import PAPER
+from vq4dit_jax.methods.vq4dit import PAPER
 from vq4dit_jax.run.config import cifar10
 
 

@@ -5,7 +5,7 @@ benchmarks/results/quality_cifar10/table.md says what it gave.
 
 from ml_collections import ConfigDict
 
-from vq4dit_jax.methods.recipe import RELEASED
+from vq4dit_jax.methods.vq4dit import RELEASED
 from vq4dit_jax.run.config import cifar10
 
 

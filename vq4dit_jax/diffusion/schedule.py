@@ -3,6 +3,8 @@
 As DiT's reference: 1000 steps, betas linear from 1e-4 to 0.02, noise prediction, learned-range variance
 (Nichol & Dhariwal 2021, arXiv 2102.09672, eq 15). A step takes i, the index into the respaced `timesteps`; the model
 is evaluated at `timesteps[i]`. Nothing here runs a network.
+
+A schedule with predicts="v" takes v = sqrt(a) eps - sqrt(1 - a) x_0 in place of eps (Salimans & Ho 2022, arXiv 2202.00512).
 """
 
 import dataclasses
@@ -41,10 +43,35 @@ class Schedule:
     log_variance_max: Float[Array, " N"]
     # lambda_t = log(sqrt(a) / sqrt(1 - a)), for DPM-Solver++
     half_log_snr: Float[Array, " N"]
+    predicts: str = dataclasses.field(default="eps", metadata={"static": True})
 
     @property
     def num_steps(self) -> int:
         return self.timesteps.shape[0]
+
+    @property
+    def signal_after(self) -> Float[Array, " N"]:
+        """The squared factor of the clean image in x after each step."""
+        return self.alpha_bar_prev
+
+    @property
+    def noise_after(self) -> Float[Array, " N"]:
+        """The variance of the noise in x after each step."""
+        return 1 - self.alpha_bar_prev
+
+    def moved(self, i: Index) -> Float[Array, ""]:
+        """How far the next mean moves for an error of 1 in the prediction at step i."""
+        if self.predicts == "v":
+            return self.posterior_x0[i] * self.sqrt_one_minus_alpha_bar[i]
+        return self.posterior_x0[i] * self.sqrt_one_minus_alpha_bar[i] / self.sqrt_alpha_bar[i]
+
+    def clean(self, i: Index, x: Float[Array, "B *S C"], prediction: Float[Array, "B *S C"]) -> Float[Array, "B *S C"]:
+        """The estimate of the clean image from a prediction without variance channels."""
+        return predict_x0(self, i, x, _eps(self, i, x, prediction))
+
+    def gaussian(self, i: Index, x: Float[Array, "B *S C"], output: Float[Array, "B *S _"]) -> tuple[Array, Array]:
+        """`ddpm_gaussian`."""
+        return ddpm_gaussian(self, i, x, output)
 
 
 def respaced_timesteps(num_steps: int) -> np.ndarray:
@@ -60,8 +87,10 @@ def respaced_timesteps(num_steps: int) -> np.ndarray:
     return np.asarray(steps, np.int32)
 
 
-def make_schedule(num_steps: int = 250, beta_start: float = 1e-4, beta_end: float = 0.02) -> Schedule:
-    """Linear schedule respaced to `num_steps` (1 to 1000)."""
+def make_schedule(
+    num_steps: int = 250, beta_start: float = 1e-4, beta_end: float = 0.02, predicts: str = "eps"
+) -> Schedule:
+    """Linear schedule respaced to `num_steps` (1 to 1000), of a network that predicts "eps" or "v"."""
     timesteps = respaced_timesteps(num_steps)
     alpha_bar = np.cumprod(1 - np.linspace(beta_start, beta_end, TRAIN_STEPS, dtype=np.float64))[timesteps]
     previous = np.append(1.0, alpha_bar[:-1])
@@ -81,30 +110,38 @@ def make_schedule(num_steps: int = 250, beta_start: float = 1e-4, beta_end: floa
         log_variance_min=as_f32(np.log(clipped)),
         log_variance_max=as_f32(np.log(beta)),
         half_log_snr=as_f32(0.5 * np.log(alpha_bar / (1 - alpha_bar))),
+        predicts=predicts,
     )
 
 
-def _split(x: jax.Array, model_output: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+def _eps(sched: Schedule, i: Index, x: jax.Array, prediction: jax.Array) -> jax.Array:
+    """The noise prediction of what the network predicts."""
+    if sched.predicts == "eps":
+        return prediction
+    return sched.sqrt_alpha_bar[i] * prediction + sched.sqrt_one_minus_alpha_bar[i] * x
+
+
+def _split(sched: Schedule, i: Index, x: jax.Array, model_output: jax.Array) -> tuple[jax.Array, jax.Array | None]:
     """(eps, variance interpolation or None) in float32."""
     channels = x.shape[-1]
     output = model_output.astype(jnp.float32)
     if output.shape[-1] == channels:
-        return output, None
-    return output[..., :channels], output[..., channels:]
+        return _eps(sched, i, x, output), None
+    return _eps(sched, i, x, output[..., :channels]), output[..., channels:]
 
 
-def predict_x0(sched: Schedule, i: Index, x: Float[Array, "B H W C"], eps: Float[Array, "B H W C"]) -> jax.Array:
+def predict_x0(sched: Schedule, i: Index, x: Float[Array, "B *S C"], eps: Float[Array, "B *S C"]) -> jax.Array:
     return (x - sched.sqrt_one_minus_alpha_bar[i] * eps) / sched.sqrt_alpha_bar[i]
 
 
 def ddpm_gaussian(
-    sched: Schedule, i: Index, x: Float[Array, "B H W C"], model_output: Float[Array, "B H W _"]
-) -> tuple[Float[Array, "B H W C"], jax.Array]:
+    sched: Schedule, i: Index, x: Float[Array, "B *S C"], model_output: Float[Array, "B *S _"]
+) -> tuple[Float[Array, "B *S C"], jax.Array]:
     """(mean, standard deviation) of x_{t-1}, what an ancestral step draws from; the deviation at i = 0, the last step, is 0.
 
     `model_output` has 2C channels (learned-range variance) or C (the larger fixed variance, a scalar).
     """
-    eps, interpolation = _split(x, model_output)
+    eps, interpolation = _split(sched, i, x, model_output)
     if interpolation is None:
         log_variance = sched.log_variance_max[i]
     else:
@@ -117,10 +154,10 @@ def ddpm_gaussian(
 def ddpm_step(
     sched: Schedule,
     i: Index,
-    x: Float[Array, "B H W C"],
-    model_output: Float[Array, "B H W _"],
-    noise: Float[Array, "B H W C"],
-) -> Float[Array, "B H W C"]:
+    x: Float[Array, "B *S C"],
+    model_output: Float[Array, "B *S _"],
+    noise: Float[Array, "B *S C"],
+) -> Float[Array, "B *S C"]:
     """One ancestral step, a draw from `ddpm_gaussian`. `noise` is not used at i = 0, the last step."""
     mean, deviation = ddpm_gaussian(sched, i, x, model_output)
     return mean + deviation * noise
@@ -129,13 +166,13 @@ def ddpm_step(
 def ddim_step(
     sched: Schedule,
     i: Index,
-    x: Float[Array, "B H W C"],
-    model_output: Float[Array, "B H W _"],
-    noise: Float[Array, "B H W C"] | None = None,
+    x: Float[Array, "B *S C"],
+    model_output: Float[Array, "B *S _"],
+    noise: Float[Array, "B *S C"] | None = None,
     eta: float = 0.0,
-) -> Float[Array, "B H W C"]:
+) -> Float[Array, "B *S C"]:
     """One DDIM step (Song et al. 2021, eq 12 and 16); `noise` is wanted where eta > 0 and not used at i = 0."""
-    eps, _ = _split(x, model_output)
+    eps, _ = _split(sched, i, x, model_output)
     x0 = predict_x0(sched, i, x, eps)
     a, prev = sched.alpha_bar[i], sched.alpha_bar_prev[i]
     sigma = eta * jnp.sqrt((1 - prev) / (1 - a)) * jnp.sqrt(1 - a / prev)
@@ -150,16 +187,16 @@ def ddim_step(
 def dpmpp_2m_step(
     sched: Schedule,
     i: Index,
-    x: Float[Array, "B H W C"],
-    model_output: Float[Array, "B H W _"],
-    previous_x0: Float[Array, "B H W C"],
-) -> tuple[Float[Array, "B H W C"], Float[Array, "B H W C"]]:
+    x: Float[Array, "B *S C"],
+    model_output: Float[Array, "B *S _"],
+    previous_x0: Float[Array, "B *S C"],
+) -> tuple[Float[Array, "B *S C"], Float[Array, "B *S C"]]:
     """One DPM-Solver++(2M) step (Lu et al. 2022, arXiv 2211.01095, algorithm 2); returns (x, x0), x0 for the next call.
 
     First order at the first step (i = N-1, where `previous_x0` is not read) and at the last, where the
     log-SNR difference is infinite and the step returns x0.
     """
-    eps, _ = _split(x, model_output)
+    eps, _ = _split(sched, i, x, model_output)
     x0 = predict_x0(sched, i, x, eps)
     i = jnp.asarray(i)
     last = sched.num_steps - 1

@@ -4,35 +4,84 @@
 
 s_l is the share of L_s + L_c, the error of the sampler's next step (`losses.step_distance`), that layer l has when it alone is
 quantized as it is now, summed over the steps of a trajectory, as if such errors added up. D is what a codebook leaves of the
-error of a layer's outputs, and bits count codes and codewords. The sum is over few choices, so the least one is found exactly.
+error of a layer's outputs, and bits count codes with their padding and codewords. The sum is over few choices, so the
+minimum is found exactly.
 """
 
 import dataclasses
 import math
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
-import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vq4dit_jax.diffusion import schedule as diffusion
 from vq4dit_jax.diffusion import trajectory
 from vq4dit_jax.errors import InputError
 from vq4dit_jax.methods import losses
-from vq4dit_jax.networks.network import Network
+from vq4dit_jax.methods.kmeans import quantize
+from vq4dit_jax.methods.passes import Context, Report
+from vq4dit_jax.methods.solve_layers import moments_for, solve
+from vq4dit_jax.networks.network import Network, random_problem
+from vq4dit_jax.progress import progress
 from vq4dit_jax.qarray.rules import KEEP, Rule
 from vq4dit_jax.qarray.spec import VQSpec
-from vq4dit_jax.qarray.tree import block_path, dequantize, matrices
+from vq4dit_jax.qarray.tree import block_path, dequantize, flatten, matrices, quantized_paths, replace, sizes
 
 DISTORTION = {(64, 8): 8.8, (256, 8): 4.2, (64, 4): 2.6, (256, 4): 1.0, (64, 2): 0.32, (256, 2): 0.073}
 """(K, d) -> D, in units of K = 256, d = 4: geometric means over the layers of the built-in model, after
-`vq.layerwise.solve`. What the kernels have (codes of 6 and 8 bits) is what there is to choose from."""
+`codebook.solver.solve`. What the kernels have (codes of 6 and 8 bits) is what there is to choose from."""
 _IMAGES, _STEPS = 4, 10
 _STATES = 1 << 16
-"""Sizes that are told apart at most, when bits are spread."""
+"""Maximum number of states of the dynamic programme."""
+_LLOYD_ITERATIONS = 10
+"""Of a codebook that an allocation asked for; the layer solver goes on from there."""
+BY = ("layers", "roles")
+
+
+@dataclasses.dataclass(frozen=True)
+class Allocate:
+    """Spreads the bits of the model that it is given over its layers, and makes them anew by k-means.
+
+    Attributes:
+      budget: bits that codes and codebooks may take in all, in units of the codes of the model that it is given: 2.1 bits a
+        weight for 1.05 and K = 256, d = 4. (A small model's codebooks are more than a tenth of it.)
+      by: "layers", each block by itself, or "roles": the blocks of a role share a spec, so that they stay one stack.
+      images, cfg_scale: of the trajectory that the layers are solved for once, to compare them with each other.
+    """
+
+    budget: float = 1.05
+    by: str = "layers"
+    images: int = 16
+    cfg_scale: float = 1.5
+    name: ClassVar[str] = "allocate"
+
+    def __post_init__(self):
+        if self.by not in BY:
+            raise InputError(f"allocate.by={self.by!r}: wanted one of {', '.join(BY)}")
+
+    def __call__(self, run: Context, params: Any, key: jax.Array) -> tuple[Any, Report]:
+        shares_key, kmeans_key = jax.random.split(key)
+        moments = moments_for(run, params, self.images, self.cfg_scale)
+        with progress(sum(1 for _ in matrices(params)), "compare layers", "layer") as bar:
+            found = solve(run.teacher, params, moments, lambda: bar.update(1), feedbacks=1, rounds=1)
+        shares = layers(run.network, run.teacher, found, key=shares_key, cfg_scale=self.cfg_scale)
+        chosen = spread(shares, int(self.budget * 8 * sizes(params).assignment_bytes), together=self.by == "roles")
+        fresh = quantize(
+            run.teacher, key=kmeans_key, rules=rules(chosen), stacked=run.network.prefixes, max_iterations=_LLOYD_ITERATIONS
+        )
+        # What is not quantized stays as it was given, where it may have been rounded.
+        quantized = set(quantized_paths(params))
+        kept = {path: leaf for path, leaf in flatten(params).items() if path not in quantized}
+        return replace(fresh, kept), {"specs": {path: dataclasses.asdict(spec) for path, spec in chosen.items()}}
+
+
+def least_budget(layers: list["Layer"], assignment_bytes: int, together: bool = False) -> float:
+    """The smallest `Allocate.budget` that these layers can be given."""
+    least = sum(min(bits for bits, _ in menu.values()) for _, menu in _menus(layers, together))
+    return least / (8 * assignment_bytes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,51 +94,53 @@ class Layer:
     spec: VQSpec
     share: float
 
-    def bits(self, spec: VQSpec, codebook_bits: int) -> int:
-        """Of codes and codebooks."""
-        k, d = spec.codewords, spec.subvector
-        return self.rows * (self.columns // d) * math.ceil(math.log2(k)) + spec.groups * k * d * codebook_bits
-
     def menu(self) -> dict[VQSpec, float]:
         """What it can have instead -> its share of the error then."""
         now = DISTORTION.get((self.spec.codewords, self.spec.subvector), 1.0)
-        specs = (VQSpec(k, d, self.spec.groups) for k, d in DISTORTION if self.columns % d == 0)
+        specs = (
+            dataclasses.replace(self.spec, codewords=k, subvector=d) for k, d in DISTORTION if self.columns % d == 0
+        )
         # A codebook that had to shrink for the layer's size is no longer what D was measured with.
         fitting = (spec for spec in specs if spec == spec.for_matrix(self.rows, self.columns))
         menu = {spec: self.share * DISTORTION[spec.codewords, spec.subvector] / now for spec in fitting}
         return menu or {self.spec: self.share}
 
 
-def spread(layers: list[Layer], budget: int, codebook_bits: int, together: bool = False) -> dict[str, VQSpec]:
+def _menus(layers: list[Layer], together: bool) -> list[tuple[list[Layer], dict[VQSpec, tuple[int, float]]]]:
+    """Layers that share a spec, and what they can have: spec -> (bits, share of the error) of all of them."""
+    shared: dict[str, list[Layer]] = {}
+    for layer in layers:
+        shared.setdefault(re.sub(r"/\d+/", "/*/", layer.path, count=1) if together else layer.path, []).append(layer)
+    out = []
+    for members in shared.values():
+        each = [layer.menu() for layer in members]
+        common = [spec for spec in each[0] if all(spec in menu for menu in each)]
+        cost = lambda spec: (
+            sum(spec.stored_bits(layer.rows, layer.columns) for layer in members),
+            sum(menu[spec] for menu in each),
+        )
+        out.append((members, {spec: cost(spec) for spec in common}))
+    return out
+
+
+def spread(layers: list[Layer], budget: int, together: bool = False) -> dict[str, VQSpec]:
     """Path -> spec, with `budget` bits in all at most and the least cost that they can have.
 
     `together`: the blocks of a role share a spec, so that they stay one stack.
     Raises InputError where the least bits of the menu are above the budget.
     """
-    roles: dict[str, list[Layer]] = {}
-    for layer in layers:
-        roles.setdefault(re.sub(r"/\d+/", "/*/", layer.path, count=1) if together else layer.path, []).append(layer)
-    members, menus = list(roles.values()), []
-    for role in members:
-        each = [layer.menu() for layer in role]
-        common = [spec for spec in each[0] if all(spec in menu for menu in each)]
-        menus.append(
-            {
-                spec: (sum(layer.bits(spec, codebook_bits) for layer in role), sum(menu[spec] for menu in each))
-                for spec in common
-            }
-        )
-    least = sum(min(bits for bits, _ in menu.values()) for menu in menus)
+    menus = _menus(layers, together)
+    least = sum(min(bits for bits, _ in menu.values()) for _, menu in menus)
     if least > budget:
         raise InputError(
             f"calibration.budget allows {budget // 8} bytes for codes and codebooks; the least that the layers can have is "
-            f"{least // 8}: allow more"
+            f"{-(-least // 8)}: multiply the budget by at least {least / max(budget, 1):.4f}"
         )
-    chosen = _cheapest([list(menu.values()) for menu in menus], budget)
+    chosen = _cheapest([list(menu.values()) for _, menu in menus], budget)
     return {
         layer.path: list(menu)[option]
-        for role, menu, option in zip(members, menus, chosen, strict=True)
-        for layer in role
+        for (members, menu), option in zip(menus, chosen, strict=True)
+        for layer in members
     }
 
 
@@ -124,31 +175,56 @@ def rules(chosen: Mapping[str, VQSpec]) -> tuple[Rule, ...]:
     return (*((re.escape(path), spec) for path, spec in chosen.items()), (".*", KEEP))
 
 
+@dataclasses.dataclass(frozen=True)
+class _Keep:
+    """Keeps evaluations, without block outputs."""
+
+    def __call__(self, evaluation: trajectory.Evaluation, given: Any) -> trajectory.Evaluation:
+        return evaluation
+
+
+@jax.jit
+def _one_block_replaced(kernel: jax.Array, dense: jax.Array, block: jax.Array) -> jax.Array:
+    return kernel.at[block].set(dense[block].astype(kernel.dtype))
+
+
+def _step_errors(network: Network, cfg_scale: float, student: Any, evaluations: trajectory.Evaluation) -> jax.Array:
+    """L_s + L_c of a student, summed over a stack of evaluations."""
+    sched = network.process.schedule(_STEPS)
+
+    def one(total: jax.Array, evaluation: trajectory.Evaluation) -> tuple[jax.Array, None]:
+        output, _ = network.run(student, evaluation.x, evaluation.t, evaluation.cond)
+        return total + sum(losses.step_distance(network, sched, evaluation, output, cfg_scale)), None
+
+    return jax.lax.scan(one, jnp.float32(0.0), evaluations)[0]
+
+
+_measure = jax.jit(_step_errors, static_argnames=("network", "cfg_scale"))
+
+
 def layers(
-    network: Network, params: Any, packed: Any, *, key: jax.Array, cfg_scale: float, images: int = _IMAGES
+    network: Network, teacher: Any, packed: Any, *, key: jax.Array, cfg_scale: float, images: int = _IMAGES
 ) -> list[Layer]:
-    """The quantized matrices of `packed` with the share of the error that each has, on trajectories of the teacher."""
-    sched = diffusion.make_schedule(_STEPS)
-    shown = trajectory.batches(network, params, _STEPS, key=key, images=images, cfg_scale=cfg_scale)
-    batches = [dataclasses.replace(batch, blocks=None) for batch in shown]
+    """The quantized matrices of `packed` with the share of the error that each has, on a trajectory of the teacher.
 
-    def error(student: Any, batch: trajectory.Batch) -> jax.Array:
-        output = network.apply(student, batch.x, batch.t, batch.y)[0]
-        return sum(losses.step_distance(network, sched, batch, output, cfg_scale))
-
-    measure = jax.jit(error)
-    teacher = flax.traverse_util.flatten_dict(params, sep="/")
-    dense = flax.traverse_util.flatten_dict(dequantize(packed, jnp.float32), sep="/")
+    A student is the teacher with one block's matrix decoded in its place: memory of one dense stack beside the teacher.
+    """
+    problem = random_problem(network, teacher, key, images=images, cfg_scale=cfg_scale)
+    _, evaluations = trajectory.observed(
+        network, teacher, problem, num_steps=_STEPS, scale=cfg_scale, observe=_Keep()
+    )
+    kernels = flatten(teacher)
 
     def total(replaced: dict[str, Any]) -> float:
-        student = flax.traverse_util.unflatten_dict(teacher | replaced, sep="/")
-        return float(sum(measure(student, batch) for batch in batches))
+        return float(_measure(network, cfg_scale, replace(teacher, replaced), evaluations))
 
-    together = total(dense)
-    out = []
+    dense_of = lambda path: dequantize({"leaf": flatten(packed)[path]}, jnp.float32)["leaf"]
+    together = float(_measure(network, cfg_scale, dequantize(packed, jnp.float32), evaluations))
+    out, path_now, dense = [], None, None
     for path, block, leaf in matrices(packed):
-        kernel = dense[path] if block is None else teacher[path].at[block].set(dense[path][block])
+        if path != path_now:
+            path_now, dense = path, dense_of(path)
+        kernel = dense if block is None else _one_block_replaced(kernels[path], dense, jnp.int32(block))
         share = total({path: kernel}) / max(together, 1e-30)
-        spec = VQSpec(leaf.num_codewords, leaf.subvector_length, leaf.num_groups)
-        out.append(Layer(block_path(path, block), *leaf.matrix, spec, share))
+        out.append(Layer(block_path(path, block, network.prefixes), *leaf.matrix, leaf.spec(), share))
     return out

@@ -2,7 +2,7 @@
 
     a_pk = softmax_k(-|w_p - c_k|^2 / tau)      attention of sub-vector p over the codewords     (DKM, section 3.2)
     w^_p = sum_k a_pk c_k                       soft weight
-    C, biases <- RMSprop on L_d, the block-output loss (VQ4DiT, eq 8) at the teacher's (x_t, t, y)
+    C, biases <- RMSprop on L_d, the block-output loss (VQ4DiT, eq 8) at the teacher's (x_t, t, cond)
 
 The gradient of a codebook goes through the soft weight and through the attention. DKM trains the weights, too, and lets
 codebooks follow them; here, where no data is, weights w are the teacher's and codebooks start from k-means.
@@ -13,8 +13,8 @@ not among the 16 nearest sum to less than 1e-3, so attention is over candidates,
 """
 
 import dataclasses
-import math
-from typing import Any
+import functools
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -24,29 +24,24 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.soft_weights import soft_weights
 from vq4dit_jax.codebook.kmeans import nearest_codewords
-from vq4dit_jax.diffusion import schedule as diffusion
-from vq4dit_jax.diffusion import trajectory
+from vq4dit_jax.diffusion.trajectory import Evaluation
 from vq4dit_jax.errors import InputError
-from vq4dit_jax.methods import losses
-from vq4dit_jax.methods.loop import make_student
-from vq4dit_jax.methods.recipe import CANDIDATES, Recipe
-from vq4dit_jax.networks.dit import DiT
-from vq4dit_jax.networks.network import Network, as_network, check
-from vq4dit_jax.qarray.base import Cost, Transient, is_quantized, register
-from vq4dit_jax.qarray.spec import VQSpec
-from vq4dit_jax.qarray.tree import Slot, flatten, map_slots
-from vq4dit_jax.qarray.vq import VQArray, from_codes
+from vq4dit_jax.methods import loop, losses
+from vq4dit_jax.methods.passes import Context, Report
+from vq4dit_jax.methods.tune import Trainable, Tune, as_stored, initial_student, merged, slot_key
+from vq4dit_jax.networks.network import Network
+from vq4dit_jax.qarray import is_quantized
+from vq4dit_jax.qarray.base import Transient, register, static
+from vq4dit_jax.qarray.tree import Slot, flatten, map_leaves, map_slots, walk
+from vq4dit_jax.qarray.vq import from_codes
 
 START, END = 0.25, 0.01
 """Shares of the mean squared distance that tau is at the first and at the last step."""
 
-RECIPE = {**CANDIDATES, "num_candidates": 16}
-"""Fields of `methods.Recipe` for this method. Those of ratios, regularizer and freezing are not read."""
-
 
 @register
 class AttentionArray(Transient):
-    """A weight as attention over codewords, a leaf that `linear` takes for a kernel.
+    """A weight as attention over codewords.
 
     `codebook` (*stack, G, K, d) float32; `candidates` (*stack, n, O, S) int32; `weight` (*stack, O, I), what attends;
     `tau` (*stack) float32.
@@ -57,14 +52,14 @@ class AttentionArray(Transient):
     candidates: Any
     weight: Any
     tau: Any
-
-    @property
-    def matrix(self) -> tuple[int, int]:
-        return tuple(self.weight.shape[-2:])
+    matrix: tuple[int, int] = static()
 
     @property
     def stack(self) -> tuple[int, ...]:
-        return tuple(self.tau.shape)
+        return tuple(self.codebook.shape[:-3])
+
+    def cost(self) -> Any:
+        return self.harden().cost()
 
     def decode(self, dtype: Any = None) -> Float[Array, "*stack O I"]:
         """The soft weight; differentiable in the codebook, also through the attention."""
@@ -75,13 +70,10 @@ class AttentionArray(Transient):
         weight = soft_weights(self.codebook, self.candidates, ratios)
         return weight if dtype is None else weight.astype(dtype)
 
-    def cost(self) -> Cost:
-        """Of the hard form with a codebook in float32."""
-        *_, groups, codewords, length = self.codebook.shape
-        spec, (rows, columns), layers = VQSpec(codewords, length, groups), self.matrix, math.prod(self.stack)
-        return Cost(*(layers * n for n in spec.abstract((), rows, columns).cost()))
+    def tunable(self) -> dict[str, Array]:
+        return {"codebook": self.codebook}
 
-    def harden(self) -> VQArray:
+    def harden(self) -> Any:
         """Every sub-vector at the nearest of all codewords, packed."""
         *stack, groups, codewords, length = self.codebook.shape
         books = np.asarray(self.codebook).reshape(-1, codewords, length)
@@ -107,114 +99,106 @@ def attention(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class State:
-    """All that changes from step to step. `trainable` has codebooks and biases by the paths of their leaves."""
+    """All that changes from step to step. `trainable` has codebooks and biases by the names of `tune`."""
 
-    trainable: dict[str, dict[str, Any]]
+    trainable: Any
     optimizer: Any
     step: Any  # int32 ()
 
 
-def make_attentive(recipe: Recipe, teacher: Any, kmeans: Any) -> Any:
-    """The tree of `kmeans` with `AttentionArray` leaves, tau at the mean squared distance of each layer."""
+@dataclasses.dataclass(frozen=True)
+class DKM:
+    """Fields as those of `Tune`."""
 
-    kernels = flatten(teacher)
+    steps: int = 500
+    batch: int = 16
+    trajectory_steps: int = 50
+    cfg_scale: float = 1.5
+    num_candidates: int = 16
+    learning_rate_codebooks: float = 3e-4
+    learning_rate_biases: float = 3e-4
+    decay: float = 0.9
+    epsilon: float = 1e-8
+    schedule: str = "cosine"
+    remat: bool = False
+    name: ClassVar[str] = "dkm"
+
+    def __call__(self, run: Context, params: Any, key: jax.Array) -> tuple[Any, Report]:
+        student = make_attentive(self, run.teacher, params)
+        hard, lines = loop.run_steps(self, run, student, key)
+        return map_leaves(as_stored, hard, params), loop.summary(lines)
+
+    def init(self, student: Any) -> State:
+        """State at step 0 from a tree of `make_attentive`. Trained are codebooks, and the biases beside them."""
+        wide = lambda a: np.array(a, np.float32)
+        slots = [slot for slot in walk(student) if is_quantized(slot.leaf)]
+        tables = {slot_key(slot, "codebook"): wide(slot.leaf.codebook) for slot in slots}
+        flat = flatten(student)
+        names = {slot.path.rpartition("/")[0] + "/bias" for slot in slots}
+        trainable = Trainable({}, tables, {name: wide(flat[name]) for name in sorted(names) if name in flat}, {})
+        return State(jax.tree.map(jnp.asarray, trainable), self._optimizer().init(trainable), jnp.int32(0))
+
+    def update(
+        self, network: Network, state: State, student: Any, evaluation: Evaluation, new_trajectory: Any
+    ) -> tuple[State, dict[str, Array]]:
+        """One optimizer step; metrics are L_d of the soft model and the share that tau stands at."""
+        done = state.step.astype(jnp.float32) / max(self.steps - 1, 1)
+        share = START * (END / START) ** done
+
+        def loss_fn(trainable: Trainable) -> Array:
+            params = _cooled(merged(student, trainable, {}), share)
+            _, blocks = network.run(params, evaluation.x, evaluation.t, evaluation.cond, blocks=True)
+            return losses.block_distance(blocks, evaluation.blocks)
+
+        l_d, grads = jax.value_and_grad(loss_fn)(state.trainable)
+        updates, optimizer = self._optimizer().update(grads, state.optimizer, state.trainable)
+        trainable = optax.apply_updates(state.trainable, updates)
+        return State(trainable, optimizer, state.step + 1), {"l_d": l_d, "tau_share": share}
+
+    def finalize(self, student: Any, state: State) -> Any:
+        """The hard model: nearest codewords, packed; codebooks and biases in float32."""
+        soft = merged(student, state.trainable, {})
+        return map_leaves(lambda leaf: leaf.harden() if is_quantized(leaf) else leaf, soft)
+
+    def _optimizer(self) -> optax.GradientTransformation:
+        def rmsprop(rate: float) -> optax.GradientTransformation:
+            scaled = optax.cosine_decay_schedule(rate, self.steps) if self.schedule == "cosine" else rate
+            return optax.rmsprop(scaled, decay=self.decay, eps=self.epsilon, eps_in_sqrt=False)
+
+        fixed = optax.set_to_zero()
+        rates = {"tables": rmsprop(self.learning_rate_codebooks), "biases": rmsprop(self.learning_rate_biases)}
+        labels = Trainable(*Trainable._fields)
+        return optax.multi_transform({"logits": fixed, "kept": fixed, **rates}, labels)
+
+
+def _cooled(params: Any, share: Any) -> Any:
+    """The tree with every tau times `share`."""
+    one = lambda slot: dataclasses.replace(slot.leaf, tau=share * slot.leaf.tau) if is_quantized(slot.leaf) else slot.leaf
+    return map_slots(one, params)
+
+
+@functools.partial(jax.jit, static_argnames="length")
+def _mean_distance(codebook: Array, candidates: Array, weight: Array, length: int) -> Array:
+    """Of the sub-vectors of each matrix of a stack from their nearest codewords, squared."""
+    nearest = jnp.ones(candidates.shape, jnp.float32).at[..., 1:, :, :].set(0)
+    return jnp.square(weight - soft_weights(codebook, candidates, nearest)).mean((-2, -1)) * length
+
+
+def make_attentive(dkm: DKM, teacher: Any, kmeans: Any) -> Any:
+    """The tree of `kmeans` with `AttentionArray` leaves, tau at the mean squared distance of each layer.
+
+    Raises InputError where k-means left no error.
+    """
+    weights = flatten(teacher)
 
     def one(slot: Slot) -> Any:
         leaf = slot.leaf
         if not is_quantized(leaf):
             return leaf
-        weight = jnp.swapaxes(jnp.asarray(slot.cut(kernels[slot.path]), jnp.float32), -1, -2)
-        nearest = jnp.ones(leaf.logits.shape, jnp.float32).at[..., 1:, :, :].set(0)
-        hard = soft_weights(leaf.codebook, leaf.candidates, nearest)
-        tau = jnp.square(weight - hard).mean((-2, -1)) * leaf.codebook.shape[-1]
-        if not (tau > 0).all():
+        weight = jnp.asarray(np.swapaxes(np.asarray(slot.cut(weights[slot.path]), np.float32), -1, -2))
+        tau = _mean_distance(leaf.codebook, leaf.candidates, weight, leaf.codebook.shape[-1])
+        if not (np.asarray(tau) > 0).all():
             raise InputError(f"{slot.path}: k-means is exact there, and leaves DKM no temperature")
-        return AttentionArray(leaf.codebook, leaf.candidates, weight, tau)
+        return AttentionArray(leaf.codebook, leaf.candidates, weight, tau, leaf.matrix)
 
-    return map_slots(one, make_student(recipe, teacher, kmeans))
-
-
-def _flatten(student: Any) -> tuple[dict[str, Any], Any]:
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(student, is_leaf=lambda n: isinstance(n, AttentionArray))
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}, treedef
-
-
-def _optimizer(recipe: Recipe) -> optax.GradientTransformation:
-    def rmsprop(rate: float) -> optax.GradientTransformation:
-        cosine = lambda count: rate * 0.5 * (1 + jnp.cos(jnp.pi * count.astype(jnp.float32) / recipe.steps))
-        scaled = cosine if recipe.schedule == "cosine" else rate
-        return optax.rmsprop(scaled, decay=recipe.decay, eps=recipe.epsilon, eps_in_sqrt=False)
-
-    rates = {"codebooks": recipe.learning_rate_codebooks, "biases": recipe.learning_rate_biases}
-    return optax.multi_transform({name: rmsprop(rate) for name, rate in rates.items()}, {name: name for name in rates})
-
-
-def init(recipe: Recipe, student: Any) -> State:
-    """State at step 0 from a tree of `make_attentive`. Trained are codebooks, and the biases beside them."""
-    flat, _ = _flatten(student)
-    codebooks = {path: leaf.codebook for path, leaf in flat.items() if isinstance(leaf, AttentionArray)}
-    layers = {path.partition("/kernel")[0] for path in codebooks}
-    biases = {
-        path: jnp.asarray(flat[path], jnp.float32) for path in (f"{n}/bias" for n in sorted(layers)) if path in flat
-    }
-    trainable = {"codebooks": codebooks, "biases": biases}
-    return State(trainable, _optimizer(recipe).init(trainable), jnp.int32(0))
-
-
-def _merge(student: Any, trainable: dict[str, dict[str, Any]], share: Any) -> Any:
-    flat, treedef = _flatten(student)
-    flat |= trainable["biases"]
-    for path, codebook in trainable["codebooks"].items():
-        flat[path] = dataclasses.replace(flat[path], codebook=codebook, tau=share * flat[path].tau)
-    return treedef.unflatten(flat.values())
-
-
-def update(
-    recipe: Recipe, network: Network, state: State, student: Any, batch: trajectory.Batch
-) -> tuple[State, dict[str, Array]]:
-    """One optimizer step; metrics are L_d of the soft model and the share that tau stands at."""
-    done = state.step.astype(jnp.float32) / max(recipe.steps - 1, 1)
-    share = START * (END / START) ** done
-
-    def loss_fn(trainable: dict[str, dict[str, Array]]) -> Array:
-        _, blocks = network.apply(_merge(student, trainable, share), batch.x, batch.t, batch.y)
-        return losses.block_distance(blocks, batch.blocks)
-
-    l_d, grads = jax.value_and_grad(loss_fn)(state.trainable)
-    updates, optimizer = _optimizer(recipe).update(grads, state.optimizer, state.trainable)
-    trainable = optax.apply_updates(state.trainable, updates)
-    return State(trainable, optimizer, state.step + 1), {"l_d": l_d, "tau_share": share}
-
-
-def finalize(student: Any, state: State) -> Any:
-    """The hard model: nearest codewords, packed; codebooks and biases in float32."""
-    is_leaf = lambda node: isinstance(node, AttentionArray)
-    soft = _merge(student, state.trainable, END)
-    return jax.tree.map(lambda leaf: leaf.harden() if is_leaf(leaf) else leaf, soft, is_leaf=is_leaf)
-
-
-def calibrate(
-    model: DiT | Network, params: Any, packed: Any, *, key: jax.Array, recipe: Recipe
-) -> tuple[Any, list[dict[str, float]]]:
-    """(the hard model, a tree like `packed`; metrics of each step), as `methods.calibrate` but for the method.
-
-    Raises InputError as that does, and where k-means left no error.
-    """
-    network = as_network(model, recipe.remat)
-    check(network, params)
-    sched = diffusion.make_schedule(recipe.trajectory_steps)
-    student = make_attentive(recipe, params, packed)
-    state = jax.tree.map(jnp.copy, init(recipe, student))
-    where = trajectory.begin(network, sched, jax.random.key_data(key), jnp.int32(0), recipe.batch)
-
-    def step(state: State, where: Any, student: Any, teacher: Any) -> tuple[State, Any, dict[str, Array]]:
-        batch, where = trajectory.advance(network, teacher, sched, recipe.cfg_scale, where)
-        state, metrics = update(recipe, network, state, student, batch)
-        return state, where, metrics
-
-    step = jax.jit(step, donate_argnums=0)
-    log = []
-    for _ in range(recipe.steps):
-        state, where, metrics = step(state, where, student, params)
-        log.append({name: float(value) for name, value in metrics.items()})
-    return jax.tree.map(lambda new, old: new.astype(old.dtype), finalize(student, state), packed), log
+    return map_slots(one, initial_student(Tune(num_candidates=dkm.num_candidates), teacher, kmeans))

@@ -1,15 +1,18 @@
 """The first step of every method on codebooks: each matrix quantized on its own, as rules say (k-means, for a `VQSpec`)."""
 
+import dataclasses
 import zlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
 
 from vq4dit_jax.errors import InputError
+from vq4dit_jax.methods.passes import Context, Report
 from vq4dit_jax.networks.rules import rules_for
 from vq4dit_jax.qarray.base import QuantizedArray
+from vq4dit_jax.qarray.cast import cast_kept
 from vq4dit_jax.qarray.parts import from_parts
 from vq4dit_jax.qarray.rules import Part, Rule, plan
 from vq4dit_jax.qarray.tree import Params, flatten, unflatten
@@ -61,6 +64,33 @@ def quantize(
         on_leaf(path)
         out[path] = from_parts(leaves)
     return unflatten(out)
+
+
+@dataclasses.dataclass(frozen=True)
+class KMeans:
+    """`quantize` as a pass. `bits`, `rules`, `codebook_dtype` and `iterations` as there; blocks are those of the network.
+
+    other_dtype: what all other parameters are stored in; None: as they are.
+    """
+
+    bits: float | int = 2
+    rules: tuple[Rule, ...] | None = None
+    codebook_dtype: str | None = None
+    iterations: int = 100
+    other_dtype: str | None = None
+    name: ClassVar[str] = "kmeans"
+
+    def __call__(self, run: Context, params: Params, key: jax.Array) -> tuple[Params, Report]:
+        packed = quantize(
+            params,
+            self.bits,
+            key=key,
+            rules=self.rules,
+            stacked=run.network.prefixes or None,
+            codebook_dtype=self.codebook_dtype,
+            max_iterations=self.iterations,
+        )
+        return packed if self.other_dtype is None else cast_kept(packed, self.other_dtype), {}
 
 
 def _one(kernel: np.ndarray, part: Part, key: jax.Array, dtype: Any, iterations: int) -> QuantizedArray:

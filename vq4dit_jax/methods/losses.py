@@ -1,4 +1,7 @@
-"""The loss of calibration (VQ4DiT, eq 8 to 10) and the measures that it is judged by."""
+"""The losses of calibration (VQ4DiT, eq 8 to 10) and the measures that it is judged by.
+
+All take an `Evaluation` of the teacher on its own trajectory and what a student gives for the same rows.
+"""
 
 from typing import Any
 
@@ -6,11 +9,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from vq4dit_jax.diffusion import schedule as diffusion
-from vq4dit_jax.diffusion.trajectory import Batch
+from vq4dit_jax.diffusion.flow import FlowSchedule
+from vq4dit_jax.diffusion.schedule import Schedule
+from vq4dit_jax.diffusion.trajectory import Evaluation
 from vq4dit_jax.methods import lasting
 from vq4dit_jax.networks.network import Network
-from vq4dit_jax.qarray.soft import SoftVQArray
 
 
 def block_distance(student: Any, teacher: Any) -> Float[Array, ""]:
@@ -22,83 +25,88 @@ def block_distance(student: Any, teacher: Any) -> Float[Array, ""]:
     return sum(distances) / len(distances)
 
 
-def paper_regularizer(leaves: list[SoftVQArray]) -> Float[Array, ""]:
-    """L_r (eq 9): sum_n (1 - |2r - 1|) averaged over all sub-vectors; n at r = 1/2, 0 where all ratios are 0 or 1."""
+def paper_regularizer(leaves: list[Any]) -> Float[Array, ""]:
+    """L_r (eq 9) of soft leaves: sum_n (1 - |2r - 1|) averaged over all sub-vectors; n at r = 1/2, 0 where all ratios are 0 or 1."""
     total = sum((1 - jnp.abs(2 * leaf.ratios() - 1)).sum() for leaf in leaves)
     return total / sum(leaf.num_subvectors for leaf in leaves)
 
 
-def released_regularizer(leaves: list[SoftVQArray]) -> Float[Array, ""]:
+def released_regularizer(leaves: list[Any]) -> Float[Array, ""]:
     """n * mean of r (1 - r) over the sub-vectors not yet frozen, averaged over layers (the released code)."""
 
-    def one(leaf: SoftVQArray) -> Float[Array, "*stack"]:
-        if leaf.num_candidates == 1:
-            return jnp.zeros(leaf.stack)
+    def one(leaf: Any) -> Float[Array, "*stack"]:
         ratios = leaf.ratios()
-        spread = (ratios * (1 - ratios)).sum((-3, -2, -1))  # 0 where frozen
+        impurity = (ratios * (1 - ratios)).sum((-3, -2, -1))  # 0 where frozen
         live = jnp.maximum((~leaf.frozen).sum((-2, -1), dtype=jnp.float32), 1.0)
-        return spread / live
+        return impurity / live
 
     return jnp.concatenate([jnp.atleast_1d(one(leaf)) for leaf in leaves]).mean()
 
 
-def guided_eps(network: Network, output: Float[Array, "R H W _"], cfg_scale: float) -> Float[Array, "B H W C"]:
-    """The guided noise prediction of 2B rows."""
-    return network.guide(output, cfg_scale)[..., : network.sample_shape[-1]]
-
-
 def step_distance(
-    network: Network, sched: diffusion.Schedule, batch: Batch, output: Float[Array, "R H W _"], cfg_scale: float
+    network: Network,
+    sched: Schedule | FlowSchedule,
+    evaluation: Evaluation,
+    output: Float[Array, "R *S F"],
+    cfg_scale: float,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """(L_s, L_c): what of the student's error in the sampler's next step is left in the image (`lasting`), per pixel.
+    """(L_s, L_c): the part of the student's error in the sampler's next step that is left in the image (`lasting`), per pixel.
 
     The step is a draw from a Gaussian, the teacher's N(mu, sigma^2), the student's N(mu', sigma'^2). L_s is their squared
-    2-Wasserstein distance, (mu - mu')^2 + (sigma - sigma')^2 for independent pixels, each octave with what lasts of it.
+    2-Wasserstein distance, (mu - mu')^2 + (sigma - sigma')^2 for independent pixels, each octave weighted by what lasts of it.
 
-    Errors of single pixels are as good as independent from step to step, and their squares add up. What all images have in
-    common does not average out, and grows with the square of the number of steps that it lasts for. L_c is the energy of
-    e = mu - mu' along such directions of a whole batch, times that number: the mean of each channel, a colour cast; and every
-    octave of the teacher's noise prediction, of what the label changes in it, and of the teacher's clean image. Weights that
-    were rounded for the smallest error make faint what they cannot represent well: fine detail, and the class.
+    Errors of single pixels are nearly independent from step to step, so their squares add up. An error that all images share
+    does not average out: it grows with the square of the number of steps that it lasts for. L_c is the energy of e = mu - mu'
+    along such directions of a whole batch, times that number: the mean of each channel (a colour cast); and every octave of
+    the teacher's prediction, of what the condition changes in it, and of the teacher's clean image. Weights that were rounded
+    for the smallest error lose contrast in what they cannot represent well: fine detail, and the difference between classes.
     """
-    half = batch.x[: len(batch.x) // 2]
-    gaussian = lambda out: diffusion.ddpm_gaussian(sched, batch.i, half, network.guide(out, cfg_scale))
-    (mean, deviation), (wanted_mean, wanted_deviation) = gaussian(output), gaussian(batch.output)
+    i, x = evaluation.i, evaluation.x[: network.images(len(evaluation.x), cfg_scale)]
+    gaussian = lambda out: sched.gaussian(i, x, network.combine(out, cfg_scale))
+    (mean, deviation), (wanted_mean, wanted_deviation) = gaussian(output), gaussian(evaluation.output)
     error = mean - wanted_mean
-    eps = guided_eps(network, batch.output, cfg_scale)
-    clean = lasting.octaves(diffusion.predict_x0(sched, batch.i, half, eps))
-    left = lasting.lasting(sched, batch.i, clean)
+    prediction = network.prediction(evaluation.output, cfg_scale)
+    clean = lasting.octaves(sched.clean(i, x, prediction))
+    left = lasting.lasting(sched, i, clean)
     errors = lasting.octaves(error)
-    directions = zip(lasting.octaves(eps), lasting.octaves(label_part(network, batch)), clean, strict=True)
+    directions = [lasting.octaves(prediction)]
+    if cfg_scale != 1.0:
+        directions.append(lasting.octaves(condition_part(network, evaluation)))
+    directions.append(clean)
     alone = jnp.stack([jnp.square(e).mean() for e in errors])
-    shared = jnp.stack([sum(_along(e, d) for d in part) for e, part in zip(errors, directions, strict=True)])
+    shared = jnp.stack([sum(_along(e, d) for d in part) for e, part in zip(errors, zip(*directions, strict=True), strict=True)])
     spread = jnp.square(deviation - wanted_deviation).mean() * left.fraction
-    cast = jnp.square(error.mean((0, 1, 2))).mean() * left.squared[-1] * left.steps[-1]
+    channels = tuple(range(error.ndim - 1))
+    cast = jnp.square(error.mean(channels)).mean() * left.squared[-1] * left.steps[-1]
     return (left.squared * (alone + spread)).sum(), cast + (left.squared * left.steps * shared).sum()
 
 
-def label_part(network: Network, batch: Batch) -> Float[Array, "B H W C"]:
-    """What the label changes in the teacher's noise prediction."""
-    label, null = jnp.split(batch.output[..., : network.sample_shape[-1]], 2)
+def condition_part(network: Network, evaluation: Evaluation) -> Float[Array, "B *S C"]:
+    """What the condition changes in the teacher's prediction."""
+    label, null = jnp.split(evaluation.output[..., : network.sample_shape[-1]], 2)
     return label - null
 
 
-def _along(error: Float[Array, "B H W C"], direction: Float[Array, "B H W C"]) -> Float[Array, ""]:
+def _along(error: Float[Array, "B *S C"], direction: Float[Array, "B *S C"]) -> Float[Array, ""]:
     """The energy of `error` along one direction of the whole batch, per pixel."""
     energy = jnp.square(direction).mean()
     return jnp.square((error * direction).mean()) / jnp.where(energy > 0, energy, 1.0)
 
 
 def agreement(
-    network: Network, params: Any, batch: Batch, cfg_scale: float
+    network: Network, params: Any, evaluation: Evaluation, cfg_scale: float
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """(L_d, relative L2 error of the guided noise prediction, mean over images) of `params` on a teacher's batch."""
-    output, blocks = network.apply(params, batch.x, batch.t, batch.y)
+    """(L_d, relative L2 error of the guided prediction, mean over images) of `params` on a teacher's evaluation.
 
-    def eps(out: jax.Array) -> jax.Array:
-        guided = guided_eps(network, out, cfg_scale)
-        return guided.reshape(len(guided), -1)
+    L_d is NaN for a network that returns no block outputs.
+    """
+    output, blocks = network.run(params, evaluation.x, evaluation.t, evaluation.cond, blocks=True)
 
-    wanted = eps(batch.output)
-    error = jnp.linalg.norm(eps(output) - wanted, axis=1) / jnp.linalg.norm(wanted, axis=1)
-    return block_distance(blocks, batch.blocks), error.mean()
+    def flat(out: jax.Array) -> jax.Array:
+        prediction = network.prediction(out, cfg_scale)
+        return prediction.reshape(len(prediction), -1)
+
+    wanted = flat(evaluation.output)
+    error = jnp.linalg.norm(flat(output) - wanted, axis=1) / jnp.linalg.norm(wanted, axis=1)
+    distance = jnp.float32(jnp.nan) if blocks is None else block_distance(blocks, evaluation.blocks)
+    return distance, error.mean()

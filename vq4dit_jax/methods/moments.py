@@ -15,16 +15,16 @@ import types
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-import flax.traverse_util
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
-from vq4dit_jax.diffusion import schedule as diffusion
 from vq4dit_jax.diffusion import trajectory
 from vq4dit_jax.errors import InputError
-from vq4dit_jax.networks.dit import DiT
-from vq4dit_jax.networks.network import Network, as_network, check
+from vq4dit_jax.networks.network import Network, as_network, check, random_problem
+from vq4dit_jax.qarray.base import Kernel
+from vq4dit_jax.qarray.tree import flatten, unflatten
 
 
 class InputMoments(NamedTuple):
@@ -32,7 +32,7 @@ class InputMoments(NamedTuple):
 
     Attributes:
       second: E[x x^T], each time step counting by its weight, and `differences` added.
-      means: E[x] at each time step, by its index into `diffusion.Schedule`.
+      means: E[x] at each time step, by its index into the schedule.
       weights: what each time step counts; their mean is 1.
     """
 
@@ -46,17 +46,17 @@ class InputMoments(NamedTuple):
 
     def mean(self) -> Float[Array, "*stack I"]:
         """E[x] over all time steps."""
-        return jnp.tensordot(self.weights, self.means, 1) / len(self.weights)
+        return jnp.tensordot(jnp.asarray(self.weights), self.means, 1) / len(self.weights)
 
-    def spread(self) -> Float[Array, "*stack I I"]:
+    def covariance(self) -> Float[Array, "*stack I I"]:
         """E[(x - m)(x - m)^T] around each time step's own mean m."""
-        own = jnp.einsum("n,n...i,n...j->...ij", self.weights, self.means, self.means, precision="highest")
+        own = jnp.einsum("n,n...i,n...j->...ij", jnp.asarray(self.weights), self.means, self.means, precision="highest")
         return self.second - own / len(self.weights)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Probe:
+class Probe(Kernel):
     """A dense kernel (*stack, I, O) that `linear` uses as it would the array; the gradient of `moments` is X^T X / N, that of
     `means` the mean of X.
 
@@ -110,91 +110,115 @@ def _second_moments(x: Float[Array, "*batch I"]) -> Float[Array, "I I"]:
 _probe.defvjp(_forward, _backward)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Collect:
+    """The moments of one evaluation, weighted; an object without arrays, so that one program serves all calls."""
+
+    network: Network
+    paths: tuple[str, ...]
+    differences: tuple[float, ...]
+    num_steps: int
+
+    def __call__(self, evaluation: trajectory.Evaluation, given: Any) -> dict[str, tuple[Array, Array]]:
+        """`given`: (the teacher's flat parameters, weights (N,) by path). Returns second moments times the step's weight, and
+        means (N, *stack, I) that are zero but for the step's own."""
+        flat, weights = given
+        zeros = {path: _zeros(flat[path]) for path in self.paths}
+
+        def probed(zeros: dict[str, Any]) -> Array:
+            probes = {
+                path: Probe(flat[path], *zeros[path], share)
+                for path, share in zip(self.paths, self.differences, strict=True)
+            }
+            params = unflatten(flat | probes)
+            output, blocks = self.network.run(params, evaluation.x, evaluation.t, evaluation.cond, blocks=True)
+            return sum(a.sum(dtype=jnp.float32) for a in jax.tree.leaves((output, blocks)))
+
+        def at_step(second: Array, mean: Array, weight: Array) -> tuple[Array, Array]:
+            own = jnp.arange(self.num_steps) == evaluation.i
+            return weight[evaluation.i] * second, jnp.where(own.reshape(-1, *(1,) * mean.ndim), mean[None], 0.0)
+
+        return {path: at_step(*pair, weights[path]) for path, pair in jax.grad(probed)(zeros).items()}
+
+
+@jax.jit
+def _trace(second: Array) -> Array:
+    return jnp.trace(second, axis1=-2, axis2=-1)
+
+
+def _zeros(kernel: Any) -> tuple[Array, Array]:
+    *stack, columns, _ = kernel.shape
+    return jnp.zeros((*stack, columns, columns)), jnp.zeros((*stack, columns))
+
+
 def input_moments(
-    model: DiT | Network,
+    model: Any,
     params: Any,
     paths: Iterable[str],
     *,
     key: jax.Array,
     images: int = 16,
     num_steps: int = 10,
-    trajectories: int = 1,
     cfg_scale: float = 1.5,
     weights: Mapping[str, Float[Array, " N"]] = types.MappingProxyType({}),
     differences: Mapping[str, float] = types.MappingProxyType({}),
 ) -> dict[str, InputMoments]:
-    """Of the inputs of the kernels at `paths`, over the teacher's guided DDPM trajectories (zero data).
+    """Of the inputs of the kernels at `paths`, over one trajectory of the teacher (zero data).
 
     Args:
-      model: a `DiT`, or a `Network` whose Linears go through `models.linear.linear` and run once an evaluation.
+      model: a module of this library, or a `Network` whose Linears go through `qarray.linear.linear` and run once an evaluation.
       params: the teacher, full precision.
       paths: '/'-joined, of kernels (*stack, I, O), such as "blocks/attn/qkv/kernel".
-      key: of noise and classes.
-      images: of a trajectory; the network sees twice as many rows, with labels and with the null label.
-      num_steps: of a trajectory, evenly spaced over the time steps.
-      trajectories: how many, one after the other.
-      cfg_scale: guidance of the trajectories.
-      weights: path -> what each step counts for this kernel, with the indices of `diffusion.Schedule` and a mean of 1; steps
-        count alike where a path has none.
-      differences: path -> what differences between a label and the null label count beside the whole, see `Probe`; nothing
-        where a path has none.
+      key: of noise and conditions.
+      images: of the trajectory; with guidance the network sees twice as many rows.
+      num_steps: of the trajectory.
+      cfg_scale: its guidance.
+      weights: path -> what each step counts for this kernel, with the indices of the schedule and a mean of 1; steps count
+        alike where a path has none.
+      differences: path -> what differences between a condition and the null count beside the whole, see `Probe`; nothing where
+        a path has none, and without guidance.
 
+    Memory: two copies of the moments, (I, I) float32 for each matrix.
     Raises InputError for a path that is no kernel of `params`, a network that cannot take a `Probe`, and a kernel that
     the network does not use.
     """
-    network = as_network(model, remat=True) if isinstance(model, DiT) else model
+    network = model if isinstance(model, Network) else as_network(model, remat=True)
     check(network, params)
-    flat = flax.traverse_util.flatten_dict(params, sep="/")
-    zeros = {}
+    flat = flatten(params)
+    paths = tuple(paths)
     for path in paths:
-        kernel = flat.get(path)
-        if getattr(kernel, "ndim", 0) < 2:
+        if getattr(flat.get(path), "ndim", 0) < 2:
             raise InputError(
                 f"moments of {path!r}: wanted the path of a kernel (*stack, I, O), such as {_example(flat)}"
             )
-        *stack, columns, _ = kernel.shape
-        zeros[path] = (jnp.zeros((*stack, columns, columns)), jnp.zeros((*stack, columns)))
-    sched = diffusion.make_schedule(num_steps)
-
-    def probed(zeros: dict[str, Any], where: Any, flat: dict[str, Any]) -> tuple[Array, Any]:
-        leaves = flat | {path: Probe(flat[path], *pair, differences.get(path, 0.0)) for path, pair in zeros.items()}
-        teacher = flax.traverse_util.unflatten_dict(leaves, sep="/")
-        batch, where = trajectory.advance(network, teacher, sched, cfg_scale, where)
-        return sum(a.sum(dtype=jnp.float32) for a in jax.tree.leaves((batch.output, batch.blocks))), where
-
-    def step(total: dict[str, InputMoments], where: Any, flat: dict[str, Any]) -> tuple[dict[str, InputMoments], Any]:
-        found, following = jax.grad(probed, has_aux=True)(zeros, where, flat)
-
-        def added(to: InputMoments, second: Array, mean: Array) -> InputMoments:
-            return InputMoments(to.second + to.weights[where.i] * second, to.means.at[where.i].add(mean), to.weights)
-
-        return {path: added(total[path], *found[path]) for path in zeros}, following
-
-    where = trajectory.begin(network, sched, jax.random.key_data(key), jnp.int32(0), images)
-    alike = jnp.ones(num_steps)
-    total = {
-        path: InputMoments(jnp.copy(second), jnp.zeros((num_steps, *mean.shape)), jnp.array(weights.get(path, alike)))
-        for path, (second, mean) in zeros.items()
-    }
+    shares = tuple(differences.get(path, 0.0) if cfg_scale != 1.0 else 0.0 for path in paths)
+    collect = _Collect(network, paths, shares, num_steps)
+    counts = {path: np.asarray(weights.get(path, np.ones(num_steps)), np.float32) for path in paths}
+    problem = random_problem(network, params, key, images=images, cfg_scale=cfg_scale)
     try:
-        traced = jax.jit(step, donate_argnums=0).trace(total, where, flat)
-    except Exception as error:  # whatever the user's function raises
+        _, total = trajectory.observed(
+            network,
+            params,
+            problem,
+            num_steps=num_steps,
+            scale=cfg_scale,
+            observe=collect,
+            given=(flat, {path: count / np.float32(num_steps) for path, count in counts.items()}),
+            reduce="sum",
+        )
+    except (TypeError, ValueError, AttributeError) as error:  # what a user's function raises where it cannot take a probe
         what = next(iter(str(error).strip().splitlines()), "")
         raise InputError(
             "moments are collected from Linears of vq4dit_jax.qarray.linear; this network does something else with "
-            f"the kernels at {', '.join(list(zeros)[:3])} ({type(error).__name__}: {what})"
+            f"the kernels at {', '.join(paths[:3])} ({type(error).__name__}: {what})"
         ) from error
-    compiled = traced.lower().compile()
-    for _ in range(num_steps * trajectories):
-        total, where = compiled(total, where, flat)
-    for path in zeros:
-        if not (jnp.trace(total[path].second, axis1=-2, axis2=-1) > 0).all():
+    found = {}
+    for path in paths:
+        second, means = total[path]
+        found[path] = InputMoments(second, means, counts[path])
+        if not (np.asarray(_trace(second)) > 0).all():
             raise InputError(f"moments of {path}: the network does not use this kernel, or its inputs are all zero")
-
-    def averaged(second: Array, means: Array, counts: Array) -> InputMoments:
-        return InputMoments(second / (num_steps * trajectories), means / trajectories, counts)
-
-    return {path: averaged(*total[path]) for path in zeros}
+    return found
 
 
 def _example(flat: dict[str, Any]) -> str:

@@ -1,220 +1,192 @@
-"""Before any gradient: assignments and codebooks that keep each layer's outputs on the teacher's trajectory.
+"""Assignments and codebooks that keep each layer's outputs on the teacher's trajectory, before any gradient.
 
-The mathematics, for one layer, is in `vq.layerwise`; here it is done to a tree.
+The mathematics of one layer is the leaf's own (`QuantizedArray.solve`; of codebooks `codebook.solver`); here it is done to a tree.
 """
 
 import concurrent.futures
 import dataclasses
-import itertools
-import math
-import re
-from collections.abc import Callable, Iterator
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, ClassVar
 
-import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from vq4dit_jax.codebook import solver as layerwise
-from vq4dit_jax.diffusion import schedule as diffusion
+from vq4dit_jax.codebook import solver
 from vq4dit_jax.diffusion import trajectory
-from vq4dit_jax.methods import allocate, lasting, losses
-from vq4dit_jax.methods.kmeans import quantize
+from vq4dit_jax.methods import lasting
 from vq4dit_jax.methods.moments import InputMoments, input_moments
-from vq4dit_jax.methods.recipe import Recipe
-from vq4dit_jax.networks.dit import DiT
-from vq4dit_jax.networks.network import Network, as_network
+from vq4dit_jax.methods.passes import Context, Report, pass_key
+from vq4dit_jax.networks.network import Network, random_problem
 from vq4dit_jax.progress import progress
-from vq4dit_jax.qarray.base import is_quantized
-from vq4dit_jax.qarray.tree import map_leaves, matrices, sizes
-from vq4dit_jax.qarray.vq import VQArray, from_codes
+from vq4dit_jax.qarray.tree import flatten, matrices, quantized_paths, replace, restack
 
-_MOMENTS, _SHARES, _KMEANS, _WEIGHTS = range(4)
-"""Streams of the key."""
 _MOMENT_STEPS = 25
-CONDITIONING = ".*adaLN.*"
-"""Kernels that read time and class alone. Each time step has a few inputs of its own and must be right; and what the class
-changes in them is a small part of their energy, and all that guidance has."""
-_LABELS = 0.5
-"""`differences` of their moments."""
+_DIFFERENCES = 0.5
+"""`differences` in the moments of Linears that read time and condition alone: what the condition changes in them is a small
+part of their energy, and guidance is made of nothing else."""
 _ALIKE = 0.25
-"""The share of moments in which every time step counts alike; the rest is for what an error leaves in the image. Of the
-moments of `CONDITIONING` one half more counts alike."""
-_LLOYD_ITERATIONS = 10
-"""Of a codebook that an allocation asked for: `solve` goes on from there."""
+"""The share of moments in which every time step counts alike; the rest is for what an error leaves in the image. Of the Linears
+that read time and condition alone, half more counts alike: each time step has few inputs of its own and must be right."""
 _AT_ONCE = 4
 """Layers that are solved side by side."""
 
 
-def start(recipe: Recipe, model: DiT | Network, params: Any, packed: Any, key: jax.Array) -> Any:
-    """What the gradient steps start from: `packed` solved layer by layer, its bits spread anew where the recipe says so.
+@dataclasses.dataclass(frozen=True)
+class SolveLayers:
+    """Solves every layer anew for the inputs that it reads on the teacher's trajectory.
 
-    Memory: the moments of all layers, (I, I) float32 each, 3 GB for DiT-XL/2; and a few copies of those of the `_AT_ONCE`
-    layers that are solved side by side.
+    Attributes:
+      images, cfg_scale: of the trajectory.
+      restore: give every solved layer the factor and its bias the shift that restore its outputs' scale and mean.
+      feedbacks, rounds: of `QuantizedArray.solve`.
     """
-    network, keys = as_network(model, recipe.remat), [jax.random.fold_in(key, i) for i in range(4)]
-    paths = quantized_paths(packed)
-    weights = step_weights(network, params, key=keys[_WEIGHTS], images=recipe.batch, cfg_scale=recipe.cfg_scale)
-    moments = input_moments(
-        model,
-        params,
-        paths,
-        key=keys[_MOMENTS],
-        images=recipe.batch,
-        num_steps=_MOMENT_STEPS,
-        cfg_scale=recipe.cfg_scale,
-        weights={path: (1 + weights) / 2 if re.fullmatch(CONDITIONING, path) else weights for path in paths},
-        differences={path: _LABELS for path in paths if re.fullmatch(CONDITIONING, path)},
-    )
-    finished = lambda solved: restore(params, solved, moments) if recipe.gains else solved
-    if recipe.allocation == "given":
-        return finished(_solve_with_progress(params, packed, moments))
-    # To compare layers with each other the first pass is enough.
-    found = _solve_with_progress(params, packed, moments, feedbacks=1, rounds=1)
-    size = sizes(packed)
-    layers = allocate.layers(network, params, found, key=keys[_SHARES], cfg_scale=recipe.cfg_scale)
-    dtype = next(leaf.codebook.dtype for _, _, leaf in matrices(packed))
-    chosen = allocate.spread(
-        layers,
-        int(recipe.budget * 8 * size.assignment_bytes),
-        8 * dtype.itemsize,
-        together=recipe.allocation == "roles",
-    )
-    fresh = quantize(
-        params,
-        key=keys[_KMEANS],
-        rules=allocate.rules(chosen),
-        codebook_dtype=dtype,
-        max_iterations=_LLOYD_ITERATIONS,
-    )
-    return finished(_solve_with_progress(params, _with_kept(fresh, packed), moments))
+
+    images: int = 16
+    cfg_scale: float = 1.5
+    restore: bool = False
+    feedbacks: int = solver.FEEDBACKS
+    rounds: int = solver.ROUNDS
+    name: ClassVar[str] = "solve_layers"
+
+    def __call__(self, run: Context, params: Any, key: jax.Array) -> tuple[Any, Report]:
+        moments = moments_for(run, params, self.images, self.cfg_scale)
+        count = sum(1 for _ in matrices(params))
+        with progress(count, "layer by layer", "layer") as bar:
+            solved = solve(run.teacher, params, moments, lambda: bar.update(1), self.feedbacks, self.rounds)
+        if self.restore:
+            solved = restore(run.network, run.teacher, solved, moments)
+        return solved, {"layers": count}
 
 
-def step_weights(network: Network, params: Any, *, key: jax.Array, images: int, cfg_scale: float) -> Float[Array, " N"]:
-    """What the time steps of the moments count, mean 1: `_ALIKE`, and the rest by what an error in the noise prediction leaves
-    in the image (`lasting`)."""
-    sched = diffusion.make_schedule(_MOMENT_STEPS)
+def moments_for(run: Context, params: Any, images: int, cfg_scale: float) -> dict[str, InputMoments]:
+    """The moments of all quantized kernels, on a trajectory that all passes of a run share.
 
-    @jax.jit
-    def weight(batch: trajectory.Batch) -> jax.Array:
-        eps = losses.guided_eps(network, batch.output, cfg_scale)
-        clean = diffusion.predict_x0(sched, batch.i, batch.x[:images], eps)
-        return lasting.noise_prediction_weight(sched, batch.i, lasting.octaves(clean))
+    Memory: (I, I) float32 for each matrix, 3 GB for DiT-XL/2, and while they are collected twice that.
+    """
+    paths = tuple(quantized_paths(params))
+    wanted = ("moments", paths, images, cfg_scale)
+    if wanted not in run.memo:
+        network = run.network
+        of_condition = {path for path in paths if network.reads_conditioning(path)}
+        keys = {name: pass_key(run.key, name) for name in ("moments", "step weights")}
+        weights = step_weights(network, run.teacher, key=keys["step weights"], images=images, cfg_scale=cfg_scale)
+        run.memo[wanted] = input_moments(
+            network,
+            run.teacher,
+            paths,
+            key=keys["moments"],
+            images=images,
+            num_steps=_MOMENT_STEPS,
+            cfg_scale=cfg_scale,
+            weights={path: (1 + weights) / 2 if path in of_condition else weights for path in paths},
+            differences=dict.fromkeys(of_condition, _DIFFERENCES),
+        )
+    return run.memo[wanted]
 
-    shown = trajectory.batches(network, params, _MOMENT_STEPS, key=key, images=images, cfg_scale=cfg_scale)
-    weights = jnp.stack([weight(dataclasses.replace(batch, blocks=None)) for batch in shown])[::-1]
+
+@dataclasses.dataclass(frozen=True)
+class _Weight:
+    network: Network
+    cfg_scale: float
+
+    def __call__(self, evaluation: trajectory.Evaluation, given: Any) -> jax.Array:
+        network, sched = self.network, self.network.process.schedule(_MOMENT_STEPS)
+        x = evaluation.x[: network.images(len(evaluation.x), self.cfg_scale)]
+        clean = sched.clean(evaluation.i, x, network.prediction(evaluation.output, self.cfg_scale))
+        return lasting.prediction_weight(sched, evaluation.i, lasting.octaves(clean))
+
+
+def step_weights(
+    network: Network, params: Any, *, key: jax.Array, images: int, cfg_scale: float
+) -> Float[np.ndarray, " N"]:
+    """What the time steps of the moments count, mean 1: `_ALIKE`, and the rest by what an error in the prediction leaves in the
+    image (`lasting`)."""
+    problem = random_problem(network, params, key, images=images, cfg_scale=cfg_scale)
+    how = dict(num_steps=_MOMENT_STEPS, scale=cfg_scale, observe=_Weight(network, cfg_scale))
+    _, seen = trajectory.observed(network, params, problem, **how)
+    weights = np.asarray(seen)[::-1]
     return _ALIKE + (1 - _ALIKE) * weights / weights.mean()
 
 
-def _with_kept(fresh: Any, packed: Any) -> Any:
-    """`fresh`, with what is not quantized from `packed` (where it may have been rounded)."""
-    kept = flax.traverse_util.flatten_dict(packed, sep="/")
-    quantized = set(quantized_paths(packed))
-    leaves = flax.traverse_util.flatten_dict(fresh, sep="/")
-    return flax.traverse_util.unflatten_dict(
-        {path: leaf if path in quantized else kept[path] for path, leaf in leaves.items()}, sep="/"
-    )
-
-
-def _solve_with_progress(params: Any, packed: Any, moments: dict[str, InputMoments], **passes: int) -> Any:
-    with progress(sum(1 for _ in matrices(packed)), "layer by layer", "layer") as bar:
-        return solve(params, packed, moments, lambda: bar.update(1), **passes)
-
-
-def quantized_paths(packed: Any) -> list[str]:
-    """'/'-joined paths of the leaves that are quantized, also in parts."""
-    return list(dict.fromkeys(path for path, _, _ in matrices(packed)))
-
-
 def solve(
-    params: Any,
+    teacher: Any,
     packed: Any,
     moments: dict[str, InputMoments],
     on_layer: Callable[[], None] = lambda: None,
-    feedbacks: int = layerwise.FEEDBACKS,
-    rounds: int = layerwise.ROUNDS,
+    feedbacks: int = solver.FEEDBACKS,
+    rounds: int = solver.ROUNDS,
 ) -> Any:
-    """`packed` with every layer's codebook and assignments solved anew for the inputs that `moments` are of.
+    """`packed` with every layer solved anew for the inputs that `moments` are of; kinds of leaves without a solver stay.
 
     Args:
-      params: the teacher.
+      teacher: full precision.
       packed: its `quantize`; shapes stay, and codebooks are where the search starts.
       moments: by path, see `input_moments`.
       on_layer: is called after each layer.
-      feedbacks, rounds: of `vq.layerwise.solve`.
+      feedbacks, rounds: of `QuantizedArray.solve`.
     """
-    weights = flax.traverse_util.flatten_dict(params, sep="/")
+    kernels = flatten(teacher)
 
-    def one(matrix: tuple[str, int | None, VQArray]) -> tuple[np.ndarray, np.ndarray]:
+    def one(matrix: tuple[str, int | None, Any]) -> Any:
         path, block, leaf = matrix
-        codebook = np.asarray(leaf.codebook, np.float32)
-        found = _solve_block(weights[path], moments[path].second, codebook, block, feedbacks, rounds)
-        return tuple(map(np.asarray, found))
+        found = leaf.solve(kernels[path], moments[path].second, block, feedbacks=feedbacks, rounds=rounds)
+        return leaf if found is None else found
 
     solved = []
     # A program is compiled, and mostly runs, on one core.
     with concurrent.futures.ThreadPoolExecutor(_AT_ONCE) as pool:
-        for found in pool.map(one, matrices(packed)):
-            solved.append(found)
+        for leaf in pool.map(one, matrices(packed)):
+            solved.append(leaf)
             on_layer()
-    return _again(packed, iter(solved))
+    return restack(packed, iter(solved))
 
 
-@jax.jit
-def _solve_block(
-    kernel: Float[Array, "*stack I O"],
-    second: Float[Array, "*stack I I"],
-    codebook: Float[Array, "G K d"],
-    block: layerwise.Integer | None,
-    feedbacks: layerwise.Integer,
-    rounds: layerwise.Integer,
-) -> tuple[Float[Array, "G K d"], Int[Array, "O S"]]:
-    """(codebook, assignments) of block `block` of a stack, or of a kernel without one (None): one program for all blocks."""
-    weight = _of_block(kernel, block).T.astype(jnp.float32)
-    moments = layerwise.condition(_of_block(second, block))
-    return layerwise.solve(weight, moments, codebook, feedbacks=feedbacks, rounds=rounds)[:2]
+def restore(network: Network, teacher: Any, packed: Any, moments: dict[str, InputMoments]) -> Any:
+    """`packed` with weights and biases whose outputs have the teacher's scale and mean.
 
+    At the optimum of a layer's error the error is orthogonal to the quantized outputs, so their energy is too small by the
+    relative squared error. This accumulates over layers as lost contrast. With S the covariance of x the factor
+    g = tr(W S W^T) / tr(W S W_hat^T) makes the least-squares slope of g W_hat x on W x equal to 1, all outputs together; the
+    bias gets (W - g W_hat) E[x].
 
-def restore(params: Any, packed: Any, moments: dict[str, InputMoments]) -> Any:
-    """`packed` with codebooks and biases whose outputs have the teacher's scale and mean (`vq.layerwise.restored`).
-
-    Where a layer has no bias its mean stays. Codebooks of `CONDITIONING` keep their scale: at one time step only the label
-    varies, which is represented worse than the time step, and a factor for the one would be too much for the other.
+    Where a layer has no bias its mean stays. Linears that read time and condition alone keep their scale: at one time step
+    only the condition varies, which is represented worse than the time step, and one factor cannot fit both.
     """
-    weights = flax.traverse_util.flatten_dict(params, sep="/")
-    leaves = flax.traverse_util.flatten_dict(packed, sep="/")
+    kernels, leaves = flatten(teacher), flatten(packed)
     bias_of = {path: path.rpartition("/")[0] + "/bias" for path in quantized_paths(packed)}
-    biases = {bias: jnp.asarray(leaves[bias], jnp.float32) for bias in bias_of.values() if bias in leaves}
+    biases = {bias: np.array(leaves[bias], np.float32) for bias in bias_of.values() if bias in leaves}
 
-    def one(path: str, block: int | None, leaf: VQArray) -> tuple[np.ndarray, np.ndarray]:
-        kernel, found = _of_block(weights[path], block), moments[path].of_block(block)
-        codes, scale = leaf.codes(), not re.fullmatch(CONDITIONING, path)
-        wide = [jnp.asarray(a, jnp.float32) for a in (kernel.T, found.spread(), found.mean(), leaf.codebook)]
-        codebook, shift = layerwise.restored(*wide, codes, scale=scale)
+    def one(path: str, block: int | None, leaf: Any) -> Any:
+        scale = not network.reads_conditioning(path)
+        factor, shift = map(
+            np.asarray, _restored(kernels[path], leaf.decode(jnp.float32), moments[path], block, scale=scale)
+        )
         if (bias := bias_of[path]) in biases:
-            biases[bias] = biases[bias].at[... if block is None else block].add(shift)
-        return np.asarray(codebook), np.asarray(codes)
+            biases[bias][... if block is None else block] += shift
+        return leaf.scaled(factor)
 
-    again = _again(packed, (one(*matrix) for matrix in matrices(packed)))
+    again = restack(packed, (one(*matrix) for matrix in matrices(packed)))
     shifted = {path: bias.astype(leaves[path].dtype) for path, bias in biases.items()}
-    return flax.traverse_util.unflatten_dict(flax.traverse_util.flatten_dict(again, sep="/") | shifted, sep="/")
+    return replace(again, shifted)
 
 
-def _of_block(stack: Any, block: layerwise.Integer | None) -> Any:
-    return stack if block is None else stack[block]
-
-
-def _again(packed: Any, matrices: Iterator[tuple[np.ndarray, np.ndarray]]) -> Any:
-    """`packed` with the (codebook, codes) of `matrices`, which come in the order of `matrices`."""
-
-    def again(leaf: Any) -> Any:
-        if not is_quantized(leaf):
-            return leaf
-        codebooks, codes = zip(*itertools.islice(matrices, math.prod(leaf.stack)), strict=True)
-        codebook = np.stack(codebooks).reshape(leaf.codebook.shape).astype(leaf.codebook.dtype)
-        return from_codes(jnp.asarray(codebook), np.stack(codes).reshape(*leaf.stack, *codes[0].shape))
-
-    leaves = flax.traverse_util.flatten_dict(packed, sep="/")
-    return flax.traverse_util.unflatten_dict({path: map_leaves(again, leaf) for path, leaf in leaves.items()}, sep="/")
+@functools.partial(jax.jit, static_argnames="scale")
+def _restored(
+    kernel: Float[Array, "*stack I O"],
+    quantized: Float[Array, "O I"],
+    moments: InputMoments,
+    block: Any,
+    *,
+    scale: bool,
+) -> tuple[Float[Array, ""], Float[Array, " O"]]:
+    """(g, what to add to the bias) of one matrix; g = 1 without `scale`, or where the two have nothing in common."""
+    with jax.default_matmul_precision("highest"):
+        found = moments if block is None else InputMoments(moments.second[block], moments.means[:, block], moments.weights)
+        weight = (kernel if block is None else kernel[block]).T.astype(jnp.float32)
+        covariance = found.covariance()
+        wanted, common = ((weight @ covariance) * weight).sum(), ((weight @ covariance) * quantized).sum()
+        factor = jnp.where((common > 0) & scale, wanted / jnp.where(common > 0, common, 1.0), 1.0)
+        return factor, (weight - factor * quantized) @ found.mean()

@@ -1,53 +1,90 @@
-"""The learned variance makes room for the error of the mean, so that the sampler's steps are as wide as the teacher's.
+"""The learned variance makes up for the error of the mean, so that the sampler's steps are as wide as the teacher's.
 
-The teacher's step is a draw from N(mu, s^2). The student's has the mean mu + e; over pixels and images e is as good as noise, and
+The teacher's step is a draw from N(mu, s^2). The student's has the mean mu + e; over pixels and images e behaves as noise, and
 what the student draws has the variance s'^2 + v, v = mean e^2. It is the teacher's for
 
     s'^2 = s^2 - v
 
 (PTQD, He et al. 2023, arXiv 2305.10657, calibration of the variance schedule; there the sampler's table is changed, here the
-network's own output, so that the saved model is all there is). The variance is the last Linear's: its columns are found by
-least squares over a trajectory of the teacher, the error of s' counting as much as is left of it in the image (`lasting`).
+network's own output, so that the saved model is complete). The variance is computed by the last Linear: its columns are
+found by least squares over a trajectory of the teacher, each step weighted by how much an error of s' leaves in the image
+(`lasting`).
 """
 
 import dataclasses
-from collections.abc import Container
-from typing import Any
+import functools
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from vq4dit_jax.diffusion import schedule as diffusion
 from vq4dit_jax.diffusion import trajectory
-from vq4dit_jax.methods import lasting, losses
-from vq4dit_jax.methods.recipe import Recipe
-from vq4dit_jax.networks.dit import DiT
-from vq4dit_jax.networks.network import Network, as_network
-from vq4dit_jax.qarray.tree import densify
+from vq4dit_jax.diffusion.schedule import Index, Schedule
+from vq4dit_jax.methods import lasting
+from vq4dit_jax.methods.passes import Context, Report
+from vq4dit_jax.networks.network import Network, random_problem
+from vq4dit_jax.qarray.base import Kernel
+from vq4dit_jax.qarray.tree import flatten, replace
 
 _LEAST = 0.25
-"""Of the teacher's variance is what the student keeps at least."""
+"""Smallest fraction of the teacher's variance that the student may keep."""
 _RIDGE = 1e-4
-"""Added to the diagonal of the normal equations, in units of its mean: what the columns are now counts where nothing was seen."""
+"""Added to the diagonal of the normal equations, in units of its mean: columns stay as they are where nothing was seen."""
 
 
-@dataclasses.dataclass
-class _Reader:
+@dataclasses.dataclass(frozen=True)
+class FitVariance:
+    """Solves for the variance columns of the last Linear; the prediction stays.
+
+    Attributes:
+      images, num_steps, cfg_scale: of the trajectory. The variance is fitted for a sampler with so many steps.
+    """
+
+    images: int = 16
+    num_steps: int = 50
+    cfg_scale: float = 1.5
+    name: ClassVar[str] = "variance"
+
+    def __call__(self, run: Context, params: Any, key: jax.Array) -> tuple[Any, Report]:
+        network = run.network
+        layer = network.output_layer
+        if layer is None:
+            return params, {"skipped": "the network names no last Linear with a learned variance"}
+        problem = random_problem(network, run.teacher, key, images=self.images, cfg_scale=self.cfg_scale)
+        _, equations = trajectory.observed(
+            network,
+            run.teacher,
+            problem,
+            num_steps=self.num_steps,
+            scale=self.cfg_scale,
+            observe=_Equations(network, self.num_steps, self.cfg_scale),
+            given=params,
+            reduce="sum",
+        )
+        leaves = flatten(params)
+        names = [f"{layer.path}/{name}" for name in ("kernel", "bias")]
+        changed = _changed(network.sample_shape[-1], *equations, *(leaves[name] for name in names))
+        return replace(params, dict(zip(names, changed, strict=True))), {}
+
+
+class _Reader(Kernel):
     """Stands in a kernel's place and keeps what the Linear reads."""
 
-    kernel: jax.Array
-    inputs: list[jax.Array] = dataclasses.field(default_factory=list)
+    def __init__(self, kernel: jax.Array):
+        self.kernel = kernel
+        self.inputs: list[jax.Array] = []
 
     def matmul(self, x: Float[Array, "*batch I"]) -> Float[Array, "*batch O"]:
         self.inputs.append(x)
         return jnp.matmul(x, self.kernel.astype(x.dtype))
 
 
-def room(
-    sched: diffusion.Schedule, i: diffusion.Index, interpolation: Float[Array, "B H W C"], variance: Float[Array, ""]
-) -> Float[Array, "B H W C"]:
-    """The variance output (`diffusion.ddpm_gaussian`) whose step has `variance` less, and a quarter of its own at least.
+def widened_variance(
+    sched: Schedule, i: Index, interpolation: Float[Array, "B *S C"], variance: Float[Array, ""]
+) -> Float[Array, "B *S C"]:
+    """The variance output (`schedule.ddpm_gaussian`) of a step that has `variance` less, and a quarter of its own at least, so that
+    with an error of that variance in the mean the draws are as wide as before.
 
     Where the schedule leaves no choice of the variance (the last of two steps), the output means nothing and stays.
     """
@@ -57,64 +94,58 @@ def room(
     return interpolation + jnp.where(span > 0, 2 / jnp.where(span > 0, span, 1.0), 0.0) * less
 
 
-def is_wanted(recipe: Recipe, model: DiT | Network, tuned: Container[str]) -> bool:
-    """Whether `fit` belongs to a run: where the steps count L_s and the last Linear of a DiT is among the `tuned` paths."""
-    learned = isinstance(model, DiT) and model.learn_sigma
-    return learned and recipe.lambda_s > 0 and "final_layer/linear/kernel" in tuned
+@dataclasses.dataclass(frozen=True)
+class _Equations:
+    """The normal equations (X^T X, X^T Y) of one evaluation: X what the last Linear reads and a 1, Y what the variance lacks."""
 
+    network: Network
+    num_steps: int
+    cfg_scale: float
 
-def fit(
-    model: DiT, teacher: Any, student: Any, *, key: jax.Array, images: int, num_steps: int, cfg_scale: float
-) -> dict[str, Any]:
-    """`student` with other variance columns in its last Linear, in the type that it has; the noise prediction stays.
+    def __call__(self, evaluation: trajectory.Evaluation, student: Any) -> tuple[Array, Array]:
+        with jax.default_matmul_precision("highest"):
+            return self._equations(evaluation, student)
 
-    Args:
-      model: with a learned variance.
-      teacher: full precision.
-      student: packed or dense; its last Linear is dense.
-      key: of the trajectory's noise and classes.
-      images, num_steps, cfg_scale: of the trajectory; the room is that of a sampler with so many steps.
-    """
-    network, sched = as_network(model), diffusion.make_schedule(num_steps)
-    channels, side, grid = model.in_channels, model.patch_size, model.grid
-
-    @jax.jit
-    def equations(student: Any, batch: trajectory.Batch) -> tuple[Float[Array, "J J"], Float[Array, "J F"]]:
-        reader = _Reader(student["final_layer"]["linear"]["kernel"])
-        layer = {**student["final_layer"], "linear": {**student["final_layer"]["linear"], "kernel": reader}}
-        output, _ = network.apply({**student, "final_layer": layer}, batch.x, batch.t, batch.y)
-        x, i = batch.x[:images], batch.i
-        gaussian = lambda out: diffusion.ddpm_gaussian(sched, i, x, network.guide(out, cfg_scale))
-        (mean, _), (wanted, deviation) = gaussian(output), gaussian(batch.output)
-        # The sampler reads the variance of the half with labels.
-        target = room(sched, i, batch.output[:images, ..., channels:], jnp.square(mean - wanted).mean())
-        residual = target - output[:images, ..., channels:]
-        residual = residual.reshape(images, grid, side, grid, side, channels).transpose(0, 1, 3, 2, 4, 5)
-        inputs = reader.inputs[0][:images].reshape(images * grid**2, -1)
+    def _equations(self, evaluation: trajectory.Evaluation, student: Any) -> tuple[Array, Array]:
+        network, scale, layer = self.network, self.cfg_scale, self.network.output_layer
+        sched = network.process.schedule(self.num_steps)
+        channels, i = network.sample_shape[-1], evaluation.i
+        images = network.images(len(evaluation.x), scale)
+        x = evaluation.x[:images]
+        kernel = f"{layer.path}/kernel"
+        reader = _Reader(flatten(student)[kernel])
+        reading = replace(student, {kernel: reader})
+        output, _ = network.run(reading, evaluation.x, evaluation.t, evaluation.cond)
+        gaussian = lambda out: sched.gaussian(i, x, network.combine(out, scale))
+        (mean, _), (wanted, deviation) = gaussian(output), gaussian(evaluation.output)
+        # The sampler reads the variance of the conditional half.
+        own = evaluation.output[:images, ..., channels:]
+        target = widened_variance(sched, i, own, jnp.square(mean - wanted).mean())
+        residual = layer.tokens(target - output[:images, ..., channels:])
+        inputs = reader.inputs[0][:images].reshape(len(residual), -1)
         inputs = jnp.concatenate([inputs, jnp.ones((len(inputs), 1), inputs.dtype)], 1)
 
-        clean = diffusion.predict_x0(sched, i, x, losses.guided_eps(network, batch.output, cfg_scale))
+        clean = sched.clean(i, x, network.prediction(evaluation.output, scale))
         left = lasting.lasting(sched, i, lasting.octaves(clean))
         # ds' = s' / 4 (log_variance_max - log_variance_min) d interpolation
-        moved = jnp.square(deviation).mean() * jnp.square((sched.log_variance_max[i] - sched.log_variance_min[i]) / 4)
+        span = sched.log_variance_max[i] - sched.log_variance_min[i]
+        moved = jnp.square(deviation).mean() * jnp.square(span / 4)
         weighted = inputs * (moved * (left.squared * left.fraction).sum())
-        return weighted.T @ inputs, weighted.T @ residual.reshape(len(inputs), -1)
-
-    batches = trajectory.batches(network, teacher, num_steps, key=key, images=images, cfg_scale=cfg_scale)
-    whole = densify(student)
-    found = [equations(whole, dataclasses.replace(batch, blocks=None)) for batch in batches]
-    matrix, right = (sum(parts) for parts in zip(*found, strict=True))
-    scale = jnp.trace(matrix) / len(matrix)
-    change = jnp.linalg.solve(matrix / scale + _RIDGE * jnp.eye(len(matrix)), right / scale)
-
-    linear = student["final_layer"]["linear"]
-    kernel, bias = (
-        _add(linear[name], part, channels) for name, part in (("kernel", change[:-1]), ("bias", change[-1]))
-    )
-    return {**student, "final_layer": {**student["final_layer"], "linear": {**linear, "kernel": kernel, "bias": bias}}}
+        return weighted.T @ inputs, weighted.T @ residual
 
 
-def _add(weight: Float[Array, "*I O"], change: Float[Array, "*I F"], channels: int) -> Float[Array, "*I O"]:
+@functools.partial(jax.jit, static_argnames="channels")
+def _changed(
+    channels: int, matrix: Float[Array, "J J"], right: Float[Array, "J F"], kernel: Array, bias: Array
+) -> tuple[Array, Array]:
+    """The kernel (I, O) and the bias (O,) with the solution added to their variance columns."""
+    with jax.default_matmul_precision("highest"):
+        scale = jnp.trace(matrix) / len(matrix)
+        change = jnp.linalg.solve(matrix / scale + _RIDGE * jnp.eye(len(matrix)), right / scale)
+    return _added(kernel, change[:-1], channels), _added(bias, change[-1], channels)
+
+
+def _added(weight: Float[Array, "*I O"], change: Float[Array, "*I F"], channels: int) -> Float[Array, "*I O"]:
     """`change` added to the variance columns: a patch's pixels have `channels` for the noise, then as many for the variance."""
     pixels = weight.astype(jnp.float32).reshape(*weight.shape[:-1], -1, 2, channels)
     pixels = pixels.at[..., 1, :].add(change.reshape(*change.shape[:-1], -1, channels))

@@ -7,6 +7,7 @@ fast as one block, and a quantized block is decoded only while it runs.
 Images are NHWC in model space: C = 4 latents or C = 3 pixels.
 """
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -18,7 +19,11 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Num
 
 from pallas_kernels import ops
+from vq4dit_jax.diffusion.guidance import Guidance, classifier_free
+from vq4dit_jax.diffusion.process import Process
 from vq4dit_jax.networks import prepared
+from vq4dit_jax.networks.conditioning import ClassLabels
+from vq4dit_jax.networks.network import Network, OutputLayer, Prediction, Role, Stack
 from vq4dit_jax.networks.prepared import PreparedBlocks
 from vq4dit_jax.qarray.linear import Linear, leaf
 from vq4dit_jax.qarray.parts import split_runs
@@ -29,6 +34,13 @@ DIT_VARIANTS: dict[str, dict[str, int]] = {
     for size, (depth, width, heads) in _SIZES.items()
     for patch in (2, 4, 8)
 }
+ROLES = (
+    Role("attn/qkv/kernel", "tokens", "self", codebooks=3),
+    Role("attn/proj/kernel", "tokens", "self"),
+    Role("mlp/fc[12]/kernel", "tokens", "mlp"),
+    Role("adaLN_modulation/1/kernel", "conditioning", "conditioning"),
+)
+"""The Linears of a block."""
 _NUM_FREQUENCIES = 128
 _NORM_EPS = 1e-6
 
@@ -93,15 +105,17 @@ class TimestepEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """A row per class, and one more, index num_classes, for the null label of guidance."""
+    """A row per class, and with `null_label` one more, index num_classes, for the null label of guidance."""
 
     num_classes: int
     features: int
+    null_label: bool = True
 
     @nn.compact
     def __call__(self, y: Int[Array, " B"], dtype: Any) -> Float[Array, "B D"]:
         init = nn.initializers.normal(0.02)
-        table = nn.Embed(self.num_classes + 1, self.features, embedding_init=init, dtype=dtype, name="embedding_table")
+        rows = self.num_classes + self.null_label
+        table = nn.Embed(rows, self.features, embedding_init=init, dtype=dtype, name="embedding_table")
         return table(y)
 
 
@@ -173,7 +187,10 @@ class DiT(nn.Module):
 
     With learn_sigma=False the output is (B, H, W, C). `dtype` is that of the computation; parameters may be stored
     in any. `freq_shift` and `norm2_eps` differ in checkpoints made for diffusers' own module. `remat` recomputes
-    each block in a backward pass.
+    each block in a backward pass. Without `null_label` it was trained without dropping labels and cannot be guided.
+
+    With predicts="flow" it is a SiT (Ma et al. 2024, arXiv 2401.08740): t is in [0, 1], `data_time` the time of data (1; of
+    REPA's checkpoints 0), and the output is the velocity (B, H, W, C); what learn_sigma adds was never trained and is cut off.
     """
 
     input_size: int = 32
@@ -187,11 +204,15 @@ class DiT(nn.Module):
     learn_sigma: bool = True
     freq_shift: int = 0
     norm2_eps: float = _NORM_EPS
+    null_label: bool = True
+    predicts: str = "eps"
+    data_time: int = 1
     dtype: Any = jnp.float32
     remat: bool = False
 
     @property
     def out_channels(self) -> int:
+        """Of the last Linear; a flow's output has `in_channels`."""
         return self.in_channels * (2 if self.learn_sigma else 1)
 
     @property
@@ -202,7 +223,7 @@ class DiT(nn.Module):
         self.x_embedder = PatchEmbed(self.patch_size, self.hidden_size)
         self.pos_embed = self.param("pos_embed", lambda _: jnp.asarray(sincos_positions(self.grid, self.hidden_size)))
         self.t_embedder = TimestepEmbedder(self.hidden_size, self.freq_shift)
-        self.y_embedder = LabelEmbedder(self.num_classes, self.hidden_size)
+        self.y_embedder = LabelEmbedder(self.num_classes, self.hidden_size, self.null_label)
         self._block = DiTBlock(self.num_heads, self.mlp_ratio, self.norm2_eps, parent=None)
         # In a function, because Flax takes apart the dicts and tuples that a module's attributes are.
         blocks = leaf(self, "blocks", self._init_blocks)
@@ -228,6 +249,8 @@ class DiT(nn.Module):
             tokens, out, _ = self._run(run, tokens, c, given, return_blocks)
             outputs.append(out)
         image = self._unpatchify(self.final_layer(tokens, c))
+        if self.predicts == "flow":
+            image = image[..., : self.in_channels]
         return (image, jnp.concatenate(outputs)) if return_blocks else image
 
     def conditioning(self, t: Num[Array, " B"], y: Int[Array, " B"]) -> Float[Array, "B D"]:
@@ -293,12 +316,45 @@ class DiT(nn.Module):
     ) -> Float[Array, "B H W F"]:
         """Classifier-free guidance as in the reference: x = [z, z], y = [labels, null]; only the first half of x is read.
 
-        The guided noise prediction stands in both halves of the output, the rest is each half's own. Of C = 4
-        latents only the first three channels are guided: the published figures were made that way.
+        The guided noise prediction stands in both halves of the output, the rest is each half's own.
         """
         half = x[: x.shape[0] // 2]
         out = self(jnp.concatenate([half, half]), t, y, modulations=modulations)
-        return guide(out, cfg_scale, self.in_channels)
+        channels = self.guided_channels
+        guided = classifier_free(*jnp.split(out[..., :channels], 2), cfg_scale)
+        return jnp.concatenate([jnp.concatenate([guided, guided]), out[..., channels:]], axis=-1)
+
+    def guided(
+        self,
+        x: Float[Array, "B H W C"],
+        t: Num[Array, " B"],
+        y: Int[Array, " B"],
+        null: Int[Array, " B"],
+        cfg_scale: Any,
+    ) -> Float[Array, "B H W C"]:
+        """The guided prediction for labels `y` and null labels `null`, without the learned variance."""
+        out = self(jnp.concatenate([x, x]), jnp.concatenate([t, t]), jnp.concatenate([y, null]))
+        return Guidance(self.guided_channels).combine(out, cfg_scale, self.in_channels)[..., : self.in_channels]
+
+    @property
+    def guided_channels(self) -> int:
+        """Of C = 4 latents only the first three are guided: the published figures were made that way."""
+        return 3 if self.in_channels == 4 else self.in_channels
+
+    def network(self) -> Network:
+        """What calibration and sampling know of this model."""
+        learned = self.learn_sigma and self.predicts != "flow"
+        return Network(
+            _Apply(self),
+            (self.input_size, self.input_size, self.in_channels),
+            ClassLabels(self.num_classes, self.null_label),
+            Process(self.predicts, learned, data_time=self.data_time),
+            Guidance(self.guided_channels),
+            (Stack("blocks", self.depth, ROLES),),
+            _Predict(self),
+            _Hoist(self),
+            OutputLayer("final_layer/linear", self.patch_size) if learned else None,
+        )
 
     def _init_blocks(self, key: jax.Array) -> Any:
         tokens, c = jnp.zeros((1, self.grid**2, self.hidden_size)), jnp.zeros((1, self.hidden_size))
@@ -310,13 +366,30 @@ class DiT(nn.Module):
         return x.transpose(0, 1, 3, 2, 4, 5).reshape(-1, grid * p, grid * p, self.out_channels)
 
 
-def guide(output: Float[Array, "B H W F"], cfg_scale: Any, in_channels: int) -> Float[Array, "B H W F"]:
-    """eps_null + s (eps_label - eps_null) for an output whose first half has the labels and second half the null."""
-    guided_channels = 3 if in_channels == 4 else in_channels
-    eps, rest = output[..., :guided_channels], output[..., guided_channels:]
-    cond, null = jnp.split(eps, 2)
-    guided = null + jnp.asarray(cfg_scale, output.dtype) * (cond - null)
-    return jnp.concatenate([jnp.concatenate([guided, guided]), rest], axis=-1)
+@dataclasses.dataclass(frozen=True)
+class _Apply:
+    """Output and block outputs; as an object, so that networks of equal models are equal."""
+
+    model: DiT
+
+    def __call__(self, params: Any, x: jax.Array, t: jax.Array, y: jax.Array) -> Prediction:
+        return Prediction(*self.model.apply({"params": params}, x, t, y, return_blocks=True))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Predict:
+    model: DiT
+
+    def __call__(self, params: Any, x: jax.Array, t: jax.Array, y: jax.Array, modulations: Any = None) -> jax.Array:
+        return self.model.apply({"params": params}, x, t, y, modulations=modulations)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Hoist:
+    model: DiT
+
+    def __call__(self, params: Any, t: jax.Array, y: jax.Array) -> Any:
+        return self.model.apply({"params": params}, t, y, method="modulations")
 
 
 def variant(name: str, **overrides: Any) -> DiT:

@@ -12,12 +12,12 @@ from jaxtyping import Float
 
 from pallas_kernels import nibbles
 from pallas_kernels.weights import ByteWeights, NibbleWeights, PreparedLinear, pair_rows
-from vq4dit_jax.diffusion import schedule as diffusion
-from vq4dit_jax.diffusion.sampling import INITIAL, STEPS, guided, image_keys, noise
+from vq4dit_jax.diffusion import trajectory
 from vq4dit_jax.errors import InputError
 from vq4dit_jax.networks.dit import DiT
+from vq4dit_jax.networks.network import random_problem
 from vq4dit_jax.networks.prepared import PreparedBlocks
-from vq4dit_jax.qarray.base import is_quantized
+from vq4dit_jax.qarray import is_quantized
 from vq4dit_jax.qarray.parts import split_runs
 from vq4dit_jax.qarray.tree import densify
 
@@ -99,26 +99,22 @@ def activation_ranges(
     trajectory. Arguments as those of `prepare_for_inference` and `sample`.
     """
     prepared = prepare_for_inference(params, "int8" if weights else None, weights=weights)
-    labels_key, noise_key = jax.random.split(key)
-    labels = jax.random.randint(labels_key, (images,), 0, model.num_classes, jnp.int32)
-    sched = diffusion.make_schedule(num_steps)
-    shape = (model.input_size, model.input_size, model.in_channels)
-    keys = image_keys(noise_key, np.arange(images))
+    network = model.network()
+    problem = random_problem(network, prepared, key, images=images, cfg_scale=cfg_scale)
+    how = dict(num_steps=num_steps, scale=cfg_scale, observe=_Ranges(model), given=prepared)
+    _, seen = trajectory.observed(network, prepared, problem, **how)
+    return {name: np.asarray(seen[name]).max(0) for name in _RANGES}
 
-    @jax.jit
-    def advance(x: jax.Array, i: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        t = sched.timesteps[i]
-        y = jnp.concatenate([labels, jnp.full_like(labels, model.num_classes)])
-        both, ts = jnp.concatenate([x, x]), jnp.full((2 * images,), t, jnp.int32)
-        seen = model.apply({"params": prepared}, both, ts, y, method="ranges")
-        output = guided(model, prepared, x, t, labels, cfg_scale)
-        return diffusion.ddpm_step(sched, i, x, output, noise(keys, STEPS, i, shape)), seen
 
-    x, found = noise(keys, INITIAL, 0, shape), []
-    for i in reversed(range(num_steps)):
-        x, seen = advance(x, jnp.int32(i))
-        found.append(seen)
-    return {name: np.max([np.asarray(seen[name]) for seen in found], axis=0) for name in _RANGES}
+@dataclasses.dataclass(frozen=True)
+class _Ranges:
+    """The ranges of one evaluation; an object, so that one program serves all calls."""
+
+    model: DiT
+
+    def __call__(self, evaluation: trajectory.Evaluation, prepared: Any) -> dict[str, jax.Array]:
+        x, t, y = evaluation.x, evaluation.t, evaluation.cond
+        return self.model.apply({"params": prepared}, x, t, y, method="ranges")
 
 
 def for_sampling(model: DiT, params: Any, activations: str, cfg_scale: float) -> Any:
@@ -180,8 +176,6 @@ def _prepare_linear(
             packed, row_scale = kernel.prepare(dtype, as_one=as_one, paired_rows=paired, table_bytes=table)
         else:
             packed, row_scale = _integers(name, kernel, weights, as_one, paired)
-    except InputError:
-        raise
     except ValueError as e:
         raise InputError(f"blocks/{name}/kernel has no form for the kernels: {e}") from e
     bias = np.asarray(leaf["bias"], np.float32)

@@ -1,114 +1,207 @@
-"""What calibration knows of a network: a function that also returns its blocks' outputs, and three sizes."""
+"""What a network says of itself: how it is run, what it is made of, which process it was trained for.
+
+Everything that quantizes, calibrates or samples takes a `Network`; `as_network` makes one of a module that has a `network`
+method, such as `DiT`. The full-precision teacher and the quantized student are the same network with other leaves.
+"""
 
 import dataclasses
+import functools
+import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, PRNGKeyArray, Shaped
 
+from vq4dit_jax.diffusion.guidance import Guidance
+from vq4dit_jax.diffusion.keys import image_keys
+from vq4dit_jax.diffusion.process import Process
+from vq4dit_jax.diffusion.trajectory import Problem
 from vq4dit_jax.errors import InputError
-from vq4dit_jax.networks.dit import DiT
-from vq4dit_jax.qarray.base import is_quantized
+from vq4dit_jax.networks.conditioning import ClassLabels
+from vq4dit_jax.qarray import is_quantized
+
+
+class Role(NamedTuple):
+    """Linears that do the same in every block of a stack.
+
+    Attributes:
+      pattern: a regular expression that matches the whole path of the kernel inside its stack, such as "mlp/fc[12]/kernel".
+      reads: "tokens", "conditioning" (time and what the image is conditioned on, alike for all its tokens) or "text".
+      group: "self", "cross", "temporal", "mlp" or "conditioning": the part of the network that it belongs to.
+      codebooks: equal groups of output rows that have a codebook each, 3 for a fused qkv.
+    """
+
+    pattern: str
+    reads: str = "tokens"
+    group: str = "mlp"
+    codebooks: int = 1
+
+
+class Stack(NamedTuple):
+    """Equal blocks whose parameters lead with an axis over them: `path` of the tree, its `length`, and the roles in it."""
+
+    path: str
+    length: int
+    roles: tuple[Role, ...] = ()
+
+
+class Prediction(NamedTuple):
+    """`output` (R, *S, C), or 2C channels with a learned variance after the prediction; `blocks`, a tree of arrays, each one
+    block's output or a stack of equal blocks', or None where the network does not return them."""
+
+    output: Any
+    blocks: Any = None
+
+
+class OutputLayer(NamedTuple):
+    """The last Linear of a network with a learned variance: where it stands, and how images are cut into its rows.
+
+    Attributes:
+      path: of the Linear, with `kernel` (I, p*p*2C) and `bias`; of a patch's pixels each has C columns for the prediction and
+        then C for the variance.
+      patch: p; a token is a patch of p x p pixels, row after row.
+    """
+
+    path: str
+    patch: int
+
+    def tokens(self, image: Float[Array, "B H W C"]) -> Float[Array, "B*T F"]:
+        """The rows (B * T, p*p*C) of an image's patches."""
+        batch, height, width, channels = image.shape
+        p = self.patch
+        a = image.reshape(batch, height // p, p, width // p, p, channels).transpose(0, 1, 3, 2, 4, 5)
+        return a.reshape(-1, p * p * channels)
 
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """A class-conditional noise-prediction network, ours or anybody's. The teacher and the student are the same
-    network; only the leaves of their parameter trees differ.
+    """A denoising network, ours or anybody's.
 
     Attributes:
-      apply: (params, x (R, H, W, C) float32, t (R,) int32 in 0..999, y (R,) int32) -> (output, blocks), pure and
-        without dropout. `output` is the noise prediction (R, H, W, C), or (R, H, W, 2C) with a learned variance after
-        it. `blocks` is what L_d compares: a pytree of arrays, each one block's output or a stack of equal blocks'.
-      sample_shape: (H, W, C) of one sample in model space.
-      num_classes: y is a class 0..num_classes-1, or num_classes, the null label of classifier-free guidance.
-      guided_channels: guidance acts on the first so many channels of the noise prediction; None: on all C.
+      apply: (params, x (R, *S, C) float32, t (R,), cond) -> (output, blocks), a `Prediction` or a pair like it; pure and without
+        dropout. t is an integer 0..999, or of a flow a float in [0, 1].
+      sample_shape: (*S, C) of one sample in model space: (H, W, C), or (T, H, W, C) of a video.
+      conditioning: what `cond` is, see `conditioning`.
+      process: what is predicted, and on which path.
+      guidance: which channels are guided.
+      stacks: stacked blocks and the roles of their Linears; () where they are not told.
+      predict: `apply` without blocks, where that is cheaper.
+      hoist: (params, t, cond) -> a tree that depends on t and cond alone, which `predict` takes as a fifth argument.
+      output_layer: of a network with a learned variance whose last Linear may make room for the error of the mean.
     """
 
-    apply: Callable[[Any, jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+    apply: Callable[..., Any]
     sample_shape: tuple[int, ...]
-    num_classes: int
-    guided_channels: int | None = None
+    conditioning: Any
+    process: Process = Process()
+    guidance: Guidance = Guidance()
+    stacks: tuple[Stack, ...] = ()
+    predict: Callable[..., Any] | None = None
+    hoist: Callable[..., Any] | None = None
+    output_layer: OutputLayer | None = None
 
-    def guide(self, output: Float[Array, "R H W F"], cfg_scale: Any) -> Float[Array, "B H W F"]:
-        """eps_null + s (eps_label - eps_null) from R = 2B outputs, B with labels and B with the null label.
+    def run(
+        self, params: Any, x: Array, t: Array, cond: Any, blocks: bool = False, hoisted: Any = None
+    ) -> tuple[Array, Any]:
+        """(output, blocks or None) of R rows."""
+        if blocks or self.predict is None:
+            output, seen = self.apply(params, x, t, cond)
+            return output, seen if blocks else None
+        return self.predict(params, x, t, cond, hoisted), None
 
-        What is not guided (other channels, the variance) is that of the labelled half.
-        """
-        channels = self.guided_channels or self.sample_shape[-1]
-        label, null = jnp.split(output, 2)
-        eps = null[..., :channels] + jnp.asarray(cfg_scale, output.dtype) * (label - null)[..., :channels]
-        return jnp.concatenate([eps, label[..., channels:]], axis=-1)
+    def images(self, rows: int, cfg_scale: float) -> int:
+        """How many images `rows` rows of an evaluation are of; guidance doubles them, unless cfg_scale is 1."""
+        return rows if cfg_scale == 1.0 else rows // 2
 
-    def rows(
-        self, x: Float[Array, "B H W C"], t: Int[Array, ""], labels: Int[Array, " B"]
-    ) -> tuple[Float[Array, "R H W C"], Int[Array, " R"], Int[Array, " R"]]:
-        """(x, t, y) of the R = 2B rows that guidance needs: B with their labels, then the same B with the null label."""
-        y = jnp.concatenate([labels, jnp.full_like(labels, self.num_classes)])
-        return jnp.concatenate([x, x]), jnp.full(y.shape, t, jnp.int32), y
+    def combine(self, output: Float[Array, "R *S F"], cfg_scale: float) -> Float[Array, "B *S F"]:
+        """The guided output of an evaluation's rows."""
+        return output if cfg_scale == 1.0 else self.guidance.combine(output, cfg_scale, self.sample_shape[-1])
 
-    def predict(
-        self, params: Any, x: Float[Array, "B H W C"], t: Int[Array, ""], labels: Int[Array, " B"], cfg_scale: Any
-    ) -> Float[Array, "B H W F"]:
-        """The guided output at one time step, as `sampling.denoise` wants it."""
-        return self.guide(self.apply(params, *self.rows(x, t, labels))[0], cfg_scale)
+    def prediction(self, output: Float[Array, "R *S F"], cfg_scale: float) -> Float[Array, "B *S C"]:
+        """The guided prediction, without the learned variance."""
+        return self.combine(output, cfg_scale)[..., : self.sample_shape[-1]]
+
+    @property
+    def prefixes(self) -> tuple[str, ...]:
+        """Paths under which leaves lead with an axis over blocks."""
+        return tuple(stack.path for stack in self.stacks)
+
+    def role(self, path: str) -> Role | None:
+        """The role of the kernel at a leaf's path, such as "blocks/mlp/fc1/kernel"; None where it has none."""
+        for stack in self.stacks:
+            if path.startswith(stack.path + "/"):
+                inside = path[len(stack.path) + 1 :]
+                return next((role for role in stack.roles if re.fullmatch(role.pattern, inside)), None)
+        return None
+
+    def reads_conditioning(self, path: str) -> bool:
+        """Whether the kernel at this path reads time and condition alone."""
+        role = self.role(path)
+        return role is not None and role.reads == "conditioning"
 
 
-def as_network(model: DiT | Network, remat: bool = False) -> Network:
-    """A `Network` as it is; of a `DiT`, one that returns its blocks' outputs and guides as the reference does (three of
-    four latent channels). `remat` recomputes each block in the backward pass.
+def problem(network: Network, params: Any, keys: Shaped[PRNGKeyArray, " B"], cfg_scale: float) -> Problem:
+    """What a trajectory of these images is of: conditions drawn from their keys, and the null where cfg_scale is not 1."""
+    cond = network.conditioning.draw(keys)
+    return Problem(keys, cond, None if cfg_scale == 1.0 else network.conditioning.null(params, cond))
 
-    Raises InputError for `remat` with a network that is no DiT.
+
+@functools.partial(jax.jit, static_argnames=("network", "images", "cfg_scale"))
+def random_problem(network: Network, params: Any, key: jax.Array, *, images: int, cfg_scale: float) -> Problem:
+    """`problem` of the first `images` images of the stream `key`."""
+    return problem(network, params, image_keys(key, jnp.arange(images, dtype=jnp.uint32)), cfg_scale)
+
+
+def as_network(model: Any, remat: bool = False) -> Network:
+    """A `Network` as it is; of a module its own description. `remat` recomputes each block in the backward pass.
+
+    Raises InputError for `remat` with a network that is no module of ours, and for what is neither.
     """
     if isinstance(model, Network):
         if remat:
             raise InputError(
-                "recipe.remat=True is for a DiT; in a network of your own wrap the blocks in flax.linen.remat"
+                "remat=True is for the networks of this library; in a network of your own wrap the blocks in flax.linen.remat"
             )
         return model
-    model = model.clone(remat=remat)
-
-    def apply(params: Any, x: jax.Array, t: jax.Array, y: jax.Array) -> tuple[jax.Array, Any]:
-        return model.apply({"params": params}, x, t, y, return_blocks=True)
-
-    channels = model.in_channels
-    shape = (model.input_size, model.input_size, channels)
-    return Network(apply, shape, model.num_classes, 3 if channels == 4 else channels)
+    if not hasattr(model, "network"):
+        raise InputError(f"model is a {type(model).__name__}; wanted a DiT, or a vq4dit_jax.Network that says how it is run")
+    return (model.clone(remat=True) if remat else model).network()
 
 
 def check(network: Network, params: Any) -> None:
     """Runs `apply` on shapes alone; InputError, in one line, where it fails or returns something else."""
     shape, rows = network.sample_shape, 2
-    if len(shape) != 3 or not all(isinstance(n, int) and n > 0 for n in shape):
-        raise InputError(f"sample_shape={shape}: wanted (H, W, C), three positive integers")
-    if network.num_classes < 1:
-        raise InputError(f"num_classes={network.num_classes}: wanted at least 1; a network without classes ignores y")
-    x, label = jax.ShapeDtypeStruct((rows, *shape), jnp.float32), jax.ShapeDtypeStruct((rows,), jnp.int32)
+    if len(shape) not in (3, 4) or not all(isinstance(n, int) and n > 0 for n in shape):
+        raise InputError(f"sample_shape={shape}: wanted (H, W, C) or (T, H, W, C), positive integers")
+    x = jax.ShapeDtypeStruct((rows, *shape), jnp.float32)
+    t = jax.ShapeDtypeStruct((rows,), jnp.float32 if network.process.is_flow else jnp.int32)
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
+    cond = jax.eval_shape(network.conditioning.draw, keys)
     try:
-        found = jax.eval_shape(network.apply, params, x, label, label)
+        found = jax.eval_shape(network.apply, params, x, t, cond)
     except Exception as error:  # whatever the user's function raises
         what = next(iter(str(error).strip().splitlines()), "")
         packed = any(map(is_quantized, jax.tree.leaves(params, is_leaf=is_quantized)))
         remedy = "let it call dequantize(params) first" if packed else f"is sample_shape={shape} what it takes?"
         raise InputError(
-            f"apply(params, x, t, y) fails on {'quantized' if packed else 'the'} params and x {x.shape}, t and y "
-            f"{label.shape}; {remedy} ({type(error).__name__}: {what})"
+            f"apply(params, x, t, cond) fails on {'quantized' if packed else 'the'} params and x {x.shape}, t {t.shape}; "
+            f"{remedy} ({type(error).__name__}: {what})"
         ) from error
     if not (isinstance(found, tuple) and len(found) == 2 and isinstance(found[0], jax.ShapeDtypeStruct)):
         raise InputError(f"apply returns {_spell(found)}; wanted a pair (output, block outputs)")
     output, blocks = found
     channels = shape[-1]
-    if output.shape not in {(*x.shape[:3], channels), (*x.shape[:3], 2 * channels)}:
+    if output.shape not in {(*x.shape[:-1], channels), (*x.shape[:-1], 2 * channels)}:
         raise InputError(
-            f"apply returns an output {output.shape} for x {x.shape}; wanted {x.shape}, the noise prediction, "
+            f"apply returns an output {output.shape} for x {x.shape}; wanted {x.shape}, the prediction, "
             f"or {2 * channels} channels with a learned variance"
         )
     leaves = jax.tree.leaves(blocks)
-    if not leaves or not all(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves):
+    if blocks is not None and not (leaves and all(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves)):
         raise InputError(
-            f"apply returns {_spell(blocks)} as block outputs; wanted a list of floating arrays, one of each block"
+            f"apply returns {_spell(blocks)} as block outputs; wanted a list of floating arrays, one of each block, or None"
         )
 
 
@@ -117,3 +210,12 @@ def _spell(shapes: Any) -> str:
     leaves = jax.tree.leaves(shapes)
     listed = ", ".join(f"{leaf.dtype}{leaf.shape}" for leaf in leaves[:4]) + (", ..." if len(leaves) > 4 else "")
     return listed if isinstance(shapes, jax.ShapeDtypeStruct) else f"a {type(shapes).__name__} of {listed or 'nothing'}"
+
+
+def class_conditional(
+    apply: Callable[..., Any], sample_shape: tuple[int, ...], num_classes: int, guided_channels: int | None = None
+) -> Network:
+    """The `Network` of a class-conditional noise prediction: label `num_classes` is the null label of guidance."""
+    if guided_channels is not None and guided_channels < 1:
+        raise InputError(f"guided_channels={guided_channels}: wanted at least 1, or None for all")
+    return Network(apply, tuple(sample_shape), ClassLabels(num_classes), guidance=Guidance(guided_channels))

@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
@@ -32,7 +31,16 @@ def static(**options: Any) -> Any:
     return dataclasses.field(metadata={"static": True}, **options)
 
 
-class QuantizedArray(abc.ABC):
+class Kernel(abc.ABC):
+    """What stands in a kernel's place: `linear` asks it for nothing but `matmul`. Quantized leaves are kernels; so is a probe
+    that keeps what a Linear reads."""
+
+    @abc.abstractmethod
+    def matmul(self, x: Float[Array, "*batch I"]) -> Float[Array, "*batch O"]:
+        """x @ W^T of one matrix (no stack axes), in the dtype of `x`."""
+
+
+class QuantizedArray(Kernel):
     """A quantized weight, or a stack of them. Subclasses are decorated with `register`.
 
     Attributes:
@@ -75,7 +83,6 @@ class QuantizedArray(abc.ABC):
     # What a new kind inherits -------------------------------------------------------------------------------------
 
     def matmul(self, x: Float[Array, "*batch I"]) -> Float[Array, "*batch O"]:
-        """x @ W_hat^T of one matrix (no stack axes), in the dtype of `x`."""
         weight = self.decode(x.dtype).astype(x.dtype)
         return jax.lax.dot_general(x, weight, (((x.ndim - 1,), (1,)), ((), ())))
 
@@ -84,12 +91,16 @@ class QuantizedArray(abc.ABC):
         return jax.tree.map(lambda a: a[index], self)
 
     def tunable(self) -> dict[str, Any]:
-        """The float arrays that gradients may move, by name."""
+        """The arrays that gradients may move, by name, in float32."""
         return {}
 
     def with_tuned(self, arrays: Mapping[str, Any]) -> "QuantizedArray":
         """The leaf with other values of what `tunable` gives."""
         return dataclasses.replace(self, **arrays)
+
+    def spec(self) -> Any:
+        """The `spec.Spec` that makes a leaf like this one of another weight."""
+        raise InputError(f"a {type(self).__name__} has no spec; leave such leaves out of the passes that choose specs")
 
     def scaled(self, factor: Any) -> "QuantizedArray":
         """The leaf of W_hat times `factor`, in the types that it has."""
@@ -167,11 +178,6 @@ def register(cls: type[Leaf]) -> type[Leaf]:
 
 def is_quantized(node: Any) -> bool:
     return isinstance(node, QuantizedArray)
-
-
-def restack(leaves: Sequence[QuantizedArray], stack: tuple[int, ...]) -> QuantizedArray:
-    """Leaves of one matrix each as one leaf with stack axes `stack`; () takes one leaf."""
-    return jax.tree.map(lambda *a: jnp.asarray(np.stack(a).reshape(*stack, *a[0].shape)), *leaves)
 
 
 # What implementations of `restore` share --------------------------------------------------------------------------

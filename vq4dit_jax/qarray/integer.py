@@ -115,6 +115,11 @@ class IntArray(QuantizedArray):
             math.prod(self.scale.shape) * np.dtype(self.scale.dtype).itemsize + zeros,
         )
 
+    def spec(self) -> Any:
+        from vq4dit_jax.qarray.spec import IntSpec  # that file knows this class
+
+        return IntSpec(self.bits, self.group, self.grid)
+
     def scaled(self, factor: Any) -> "IntArray":
         scale = jnp.asarray(self.scale, jnp.float32) * factor
         return dataclasses.replace(self, scale=scale.astype(self.scale.dtype))

@@ -4,18 +4,17 @@ from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from vq4dit_jax.qarray.base import QuantizedArray, is_quantized
-
-Kernel = jax.Array | QuantizedArray
+from vq4dit_jax.qarray.base import Kernel
 
 
-def linear(x: Float[Array, "*batch I"], kernel: Kernel, bias: Float[Array, " O"] | None) -> Float[Array, "*batch O"]:
+def linear(
+    x: Float[Array, "*batch I"], kernel: Array | Kernel, bias: Float[Array, " O"] | None
+) -> Float[Array, "*batch O"]:
     """x @ kernel + bias in the dtype of `x`; a dense kernel is (I, O), as in Flax."""
-    y = kernel.matmul(x) if is_quantized(kernel) else jnp.matmul(x, jnp.asarray(kernel, x.dtype))
+    y = kernel.matmul(x) if isinstance(kernel, Kernel) else jnp.matmul(x, jnp.asarray(kernel, x.dtype))
     if bias is None:
         return y
     return y + bias.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))

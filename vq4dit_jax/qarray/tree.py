@@ -1,6 +1,7 @@
 """Parameter trees that hold quantized leaves: walking, replacing, decoding, counting."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vq4dit_jax.errors import InputError
-from vq4dit_jax.qarray.base import QuantizedArray, is_quantized
+from vq4dit_jax.qarray.base import Kernel, QuantizedArray, is_quantized
 from vq4dit_jax.qarray.parts import from_parts, is_parts, parts_of, stack_length
 
 Params = Any
@@ -61,7 +62,7 @@ def _collect(node: Mapping[Any, Any], prefix: str, out: dict[str, Any]) -> None:
             )
         if isinstance(child, Mapping):
             _collect(child, f"{prefix}{name}/", out)
-        elif is_quantized(child) or is_parts(child) or _is_array(child):
+        elif isinstance(child, Kernel) or is_parts(child) or _is_array(child):
             out[prefix + name] = child
         else:
             raise InputError(
@@ -105,6 +106,30 @@ def replace(params: Params, nodes: Mapping[str, Any]) -> dict[str, Any]:
 def map_leaves(fn: Callable[..., Any], tree: Any, *rest: Any) -> Any:
     """`jax.tree.map` to which a quantized leaf is one leaf; parts are walked."""
     return jax.tree.map(fn, tree, *rest, is_leaf=is_quantized)
+
+
+def map_quantized(fn: Callable[[QuantizedArray], Any], tree: Any) -> Any:
+    """The tree (or leaf) with `fn(leaf)` for every quantized leaf, all else as it is."""
+    return map_leaves(lambda leaf: fn(leaf) if is_quantized(leaf) else leaf, tree)
+
+
+def quantized_paths(params: Params) -> list[str]:
+    """Paths of the leaves that are quantized, in whole or in part, in order."""
+    return list(dict.fromkeys(slot.path for slot in walk(params) if is_quantized(slot.leaf)))
+
+
+def restack(params: Params, leaves: Iterator[QuantizedArray]) -> dict[str, Any]:
+    """The tree with other matrices of the same kinds and shapes, which come in the order of `matrices`; in the types that
+    its own have."""
+
+    def one(slot: Slot) -> Any:
+        own = slot.leaf
+        if not is_quantized(own):
+            return own
+        new = list(itertools.islice(leaves, math.prod(own.stack)))
+        return jax.tree.map(lambda old, *a: jnp.asarray(np.stack(a).reshape(old.shape).astype(old.dtype)), own, *new)
+
+    return map_slots(one, params)
 
 
 def matrices(params: Params) -> Iterator[tuple[str, int | None, QuantizedArray]]:

@@ -118,7 +118,12 @@ class VQArray(QuantizedArray):
         )
 
     def tunable(self) -> dict[str, Any]:
-        return {"codebook": self.codebook}
+        return {"codebook": jnp.asarray(self.codebook, jnp.float32)}
+
+    def spec(self) -> Any:
+        from vq4dit_jax.qarray.spec import VQSpec  # that file knows this class
+
+        return VQSpec(self.num_codewords, self.subvector_length, self.num_groups, self.codebook.dtype)
 
     def scaled(self, factor: Any) -> "VQArray":
         wide = jnp.asarray(self.codebook, jnp.float32)

@@ -1,14 +1,15 @@
 """The configuration of a run: every key with its default, and what the keys mean together."""
 
-import dataclasses
 import pathlib
 from typing import Any
 
 import ml_collections
 
-from vq4dit_jax.diffusion.sampling import SAMPLERS
+from vq4dit_jax.diffusion.samplers import SAMPLERS
 from vq4dit_jax.errors import InputError
-from vq4dit_jax.methods.recipe import FINE, LAYERWISE, Recipe
+from vq4dit_jax.methods import vq4dit
+from vq4dit_jax.methods.passes import Pass
+from vq4dit_jax.methods.vq4dit import FINE, LAYERWISE
 from vq4dit_jax.networks.rules import dit_rules
 from vq4dit_jax.qarray.rules import BITS, Rule
 from vq4dit_jax.qarray.spec import spec_from_json
@@ -45,8 +46,8 @@ def default() -> ml_collections.ConfigDict:
     c.quantize.other_dtype = "float32"  # biases, embedders, final layer
 
     c.calibration = ml_collections.ConfigDict(
-        dataclasses.asdict(Recipe(**LAYERWISE))
-    )  # recipe.py says what each key does
+        {**vq4dit.defaults(), **LAYERWISE}
+    )  # methods/vq4dit.py and tune.py say what each does
     c.calibration.save_every = 50  # steps between checkpoints
 
     c.sample = ml_collections.ConfigDict()
@@ -113,9 +114,9 @@ def xl2(image_size: int, bits: float) -> ml_collections.ConfigDict:
     return c
 
 
-def recipe(config: ml_collections.ConfigDict) -> Recipe:
-    fields = {f.name for f in dataclasses.fields(Recipe)}
-    return Recipe(**{k: v for k, v in config.calibration.items() if k in fields})
+def passes(config: ml_collections.ConfigDict) -> tuple[Pass, ...]:
+    """What is done after k-means; InputError names the key that cannot be used."""
+    return vq4dit.passes({k: v for k, v in config.calibration.items() if k in vq4dit.defaults()})
 
 
 def rules(config: ml_collections.ConfigDict) -> tuple[Rule, ...]:
@@ -129,7 +130,7 @@ def rules(config: ml_collections.ConfigDict) -> tuple[Rule, ...]:
 def validate(config: ml_collections.ConfigDict) -> None:
     """Everything that can be told before work begins; InputError names the key."""
     _one_of("quantize.bits", config.quantize.bits, tuple(map(float, BITS)))
-    recipe(config)
+    passes(config)
     rules(config)
     _one_of("sample.sampler", config.sample.sampler, SAMPLERS)
     _one_of("sample.activations", config.sample.activations, ("float32", "bfloat16", "int8", "e4m3"))

@@ -21,15 +21,15 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 
 from vq4dit_jax import files
-from vq4dit_jax.diffusion import sampling
+from vq4dit_jax.diffusion.samplers import SAMPLERS
+from vq4dit_jax.diffusion.sampling import replicated, to_uint8
 from vq4dit_jax.errors import InputError
-from vq4dit_jax.networks.dit import DiT
+from vq4dit_jax.networks.network import as_network
+from vq4dit_jax.networks.sampling import sample
 from vq4dit_jax.progress import progress
 
 Decoder = Callable[[Float[np.ndarray, "B H W C"]], Float[np.ndarray, "B H2 W2 3"]]
 """Model space to images in [-1, 1]."""
-_LABELS = 2
-"""Stream of the labels' randomness, beside those of `sampling`."""
 _POLL_SECONDS = 0.5
 
 
@@ -41,7 +41,7 @@ class Plan:
       num_images: images in all.
       batch: images that a device makes at once, and in a shard.
       labels: "balanced" (image i has class i mod classes), "random", or classes that are taken in turn: "207,360".
-      sampler, steps, cfg_scale: as in `sampling.sample`.
+      sampler, steps, cfg_scale: as in `networks.sampling.sample`.
     """
 
     num_images: int
@@ -55,8 +55,8 @@ class Plan:
         for name in ("num_images", "batch"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}={getattr(self, name)}: wanted at least 1")
-        if self.sampler not in sampling.SAMPLERS:
-            raise InputError(f"sampler={self.sampler}: wanted one of {', '.join(sampling.SAMPLERS)}")
+        if self.sampler not in SAMPLERS:
+            raise InputError(f"sampler={self.sampler}: wanted one of {', '.join(SAMPLERS)}")
         if not 1 <= self.steps <= 1000:
             raise InputError(f"steps={self.steps}: wanted 1 to 1000")
         # A device is not made to fill up a batch that has fewer images than all.
@@ -71,25 +71,9 @@ class Plan:
         return np.arange(shard * self.batch, (shard + 1) * self.batch)
 
 
-def class_labels(labels: str, key: jax.Array, indices: Int[np.ndarray, " B"], classes: int) -> Int[np.ndarray, " B"]:
-    """The classes of the images with these global indices; see `Plan.labels`."""
-    if labels == "balanced":
-        return (indices % classes).astype(np.int32)
-    if labels == "random":
-        keys = sampling.image_keys(jax.random.fold_in(key, _LABELS), indices)
-        return np.asarray(jax.vmap(lambda k: jax.random.randint(k, (), 0, classes, jnp.int32))(keys))
-    try:
-        chosen = np.asarray([int(label) for label in labels.split(",")], np.int32)
-    except ValueError:
-        raise InputError(f"labels={labels}: wanted balanced, random, or class numbers such as 207,360,387") from None
-    if chosen.min() < 0 or chosen.max() >= classes:
-        raise InputError(f"labels={labels}: wanted classes 0..{classes - 1}")
-    return chosen[indices % len(chosen)]
-
-
 def generate(
     plan: Plan,
-    model: DiT,
+    model: Any,
     params: Any,
     key: jax.Array,
     target: str | os.PathLike,
@@ -105,11 +89,11 @@ def generate(
     target = pathlib.Path(target)
     shards = target.with_name(f".{target.stem}-shards")
     shards.mkdir(parents=True, exist_ok=True)
-    class_labels(plan.labels, key, plan.indices(0), model.num_classes)  # refuses bad labels before the work
+    as_network(model).conditioning.choose(plan.labels, key, plan.indices(0))  # refuses bad labels before the work
     missing = [shard for shard in range(plan.num_shards) if not _path(shards, shard).exists()]
     # By number, not by place in the list: the other processes' lists were made at other moments.
     mine = [shard for shard in missing if shard % jax.process_count() == jax.process_index()]
-    params = jax.device_put(params, sampling.replicated())
+    params = jax.device_put(params, replicated())
     with progress(plan.num_images, description, "image") as bar:
         # Progress counts the other processes' images as they are made, this one's as it makes them.
         bar.update(_images(plan, set(range(plan.num_shards)) - set(missing)))
@@ -144,15 +128,15 @@ def _groups(shards: list[int], size: int) -> Iterator[list[int]]:
 
 
 def _make(
-    plan: Plan, model: DiT, params: Any, key: jax.Array, decode: Decoder, group: list[int]
+    plan: Plan, model: Any, params: Any, key: jax.Array, decode: Decoder, group: list[int]
 ) -> Iterator[tuple[int, UInt8[np.ndarray, "B H W 3"]]]:
     """The images of at most one shard a device; devices without one repeat the last, so that one program serves all."""
     filled = group + group[-1:] * (jax.local_device_count() - len(group))
     indices = np.concatenate([plan.indices(shard) for shard in filled])
-    x = sampling.sample(
+    x = sample(
         model,
         params,
-        class_labels(plan.labels, key, indices, model.num_classes),
+        as_network(model).conditioning.choose(plan.labels, key, indices),
         key=key,
         num_steps=plan.steps,
         sampler=plan.sampler,
@@ -165,7 +149,7 @@ def _make(
             raise InputError(
                 f"shard {shard}: the model gives NaN or infinity; the checkpoint is damaged, or its dtype is too narrow"
             )
-        yield shard, sampling.to_uint8(decode(rows))[: _images(plan, {shard})]
+        yield shard, to_uint8(decode(rows))[: _images(plan, {shard})]
 
 
 def _wait_for(condition: Callable[[], bool]) -> None:

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from vq4dit_jax import evaluation, files
-from vq4dit_jax.diffusion import sampling
+from vq4dit_jax.diffusion.sampling import replicated
 from vq4dit_jax.errors import InputError
 from vq4dit_jax.networks import latents
 from vq4dit_jax.networks.dit import DiT
@@ -83,7 +83,7 @@ def open_decoder(vae: str, channels: int) -> tuple[Decoder, str]:
     from convert.vae import load_vae
 
     module, params = load_vae(locate(vae))
-    params = jax.device_put(params, sampling.replicated())
+    params = jax.device_put(params, replicated())
 
     def decode(x: np.ndarray) -> np.ndarray:
         return latents.decode_images(module, params, x)
