@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from models import tiny
+from vq4dit_jax.methods.recipe import Recipe
 
 from vq4dit_jax import methods, vq
 from vq4dit_jax.codebook.kmeans import nearest_codewords
@@ -13,7 +14,6 @@ from vq4dit_jax.integer import grids as uniform
 from vq4dit_jax.integer.gptq import inverse_factor, quantize_weight, round_columns
 from vq4dit_jax.methods import dkm
 from vq4dit_jax.methods.kmeans import quantize
-from vq4dit_jax.methods.recipe import Recipe
 from vq4dit_jax.networks.rules import dit_rules
 from vq4dit_jax.qarray.linear import linear
 from vq4dit_jax.qarray.rules import KEEP, abstract_quantized

@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from models import inputs, tiny
+from vq4dit_jax.methods.recipe import Recipe
 
 from vq4dit_jax import files, methods
 from vq4dit_jax.diffusion import schedule as diffusion
 from vq4dit_jax.errors import InputError
 from vq4dit_jax.methods import losses
 from vq4dit_jax.methods.kmeans import quantize
-from vq4dit_jax.methods.recipe import Recipe
 from vq4dit_jax.methods.tune import _threshold
 from vq4dit_jax.qarray.soft import SoftVQArray
 from vq4dit_jax.qarray.vq import VQArray

@@ -17,6 +17,7 @@ from vq4dit_jax.diffusion.process import Process
 from vq4dit_jax.networks.conditioning import Features
 from vq4dit_jax.networks.network import Network, Prediction, Role, Stack
 from vq4dit_jax.qarray.linear import linear
+from vq4dit_jax.qarray.parts import scan
 from vq4dit_jax.qarray.tree import flatten, matrices
 
 WIDTH, LENGTH, TEXT, FEATURES = 64, 2, 5, 8
@@ -53,12 +54,12 @@ def apply(params, x, t, cond):
     c = one(net["time"], jnp.sin(angles)) + one(net["text"], words)
 
     def run(h, stack, axes):
-        def block(h, p):
+        def block(h, p, _):
             mixed = h + h.mean(axes, keepdims=True) + one(p["condition"], jax.nn.silu(c))[:, None, None, None]
             h = h + 0.5 * one(p["down"], jax.nn.gelu(one(p["up"], mixed)))
             return h, h
 
-        return jax.lax.scan(block, h, stack)
+        return scan(block, h, stack)
 
     h, spatial = run(h, net["trunk"]["spatial"], (2, 3))
     h, temporal = run(h, net["trunk"]["temporal"], (1,))
@@ -96,7 +97,12 @@ NETWORK = _network()
 @pytest.fixture(scope="module")
 def kmeans():
     return vq.quantize(
-        make_params(), rules=RULES, key=jax.random.key(0), stacked=STACKED, codebook_dtype=jnp.float16, max_iterations=10
+        make_params(),
+        rules=RULES,
+        key=jax.random.key(0),
+        stacked=STACKED,
+        codebook_dtype=jnp.float16,
+        max_iterations=10,
     )
 
 

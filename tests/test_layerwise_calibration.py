@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 from models import tiny
+from vq4dit_jax.methods.recipe import LAYERWISE, Recipe
 
 from vq4dit_jax import methods
 from vq4dit_jax.diffusion import schedule as diffusion
@@ -16,7 +17,6 @@ from vq4dit_jax.methods import losses
 from vq4dit_jax.methods import solve_layers as layerwise
 from vq4dit_jax.methods.kmeans import quantize
 from vq4dit_jax.methods.moments import input_moments
-from vq4dit_jax.methods.recipe import LAYERWISE, Recipe
 from vq4dit_jax.qarray.tree import matrices, sizes
 from vq4dit_jax.qarray.vq import VQArray
 from vq4dit_jax.storage import checkpoint

@@ -3,7 +3,7 @@
     x = (1 - s) data + s noise,   u = dx/ds = noise - data,   s the noise level, from 1 to 0
 
 (Lipman et al. 2023, arXiv 2210.02747; Ma et al. 2024, SiT, arXiv 2401.08740, with the linear path.) A network is asked at its own
-time t. In SiT's convention data is at t = 1, so that t = 1 - s and the network's velocity dx/dt is -u; in REPA's data is at t = 0.
+time t. In SiT's convention data is at t = 1, so that t = 1 - s and the network's velocity dx/dt is -u; in REPA's it is at t = 0.
 """
 
 import dataclasses

@@ -1,7 +1,7 @@
 """Randomness by image: a key for each image of a stream, so that image i is the same in any batch, on any number of devices.
 
-    key of image i      fold_in(key, i)
-    its streams         fold_in(key of image i, INITIAL | STEPS | CONDITION)
+key of image i      fold_in(key, i)
+its streams         fold_in(key of image i, INITIAL | STEPS | CONDITION)
 """
 
 import functools
@@ -19,7 +19,9 @@ def image_keys(key: PRNGKeyArray, indices: jax.typing.ArrayLike) -> Shaped[PRNGK
     return jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.asarray(indices, jnp.uint32))
 
 
-def noise(keys: Shaped[PRNGKeyArray, " B"], stream: int, step: int | Array, shape: tuple[int, ...]) -> Float[Array, "B ..."]:
+def noise(
+    keys: Shaped[PRNGKeyArray, " B"], stream: int, step: int | Array, shape: tuple[int, ...]
+) -> Float[Array, "B ..."]:
     """Standard normal noise (B, *shape), float32, of each image's own stream."""
 
     def one(key: jax.Array) -> jax.Array:

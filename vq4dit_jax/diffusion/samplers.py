@@ -49,7 +49,9 @@ class Sampler:
 
 
 def _stateless(step: Callable[..., Images]) -> dict[str, Any]:
-    return dict(init=lambda x: (), step=lambda sched, j, x, output, state, noise: (step(sched, j, x, output, noise), ()))
+    return dict(
+        init=lambda x: (), step=lambda sched, j, x, output, state, noise: (step(sched, j, x, output, noise), ())
+    )
 
 
 def _heun(sched: Any, j: Any, x: Images, output: Array, state: tuple[Images, Array], noise: Any) -> tuple[Images, Any]:
@@ -67,7 +69,9 @@ SAMPLERS = {
     sampler.name: sampler
     for sampler in (
         Sampler("ddpm", _GAUSSIAN, **_stateless(schedule.ddpm_step), draws=True),
-        Sampler("ddim", _GAUSSIAN, **_stateless(lambda sched, j, x, output, noise: schedule.ddim_step(sched, j, x, output))),
+        Sampler(
+            "ddim", _GAUSSIAN, **_stateless(lambda sched, j, x, output, noise: schedule.ddim_step(sched, j, x, output))
+        ),
         Sampler(
             "dpm++",
             _GAUSSIAN,

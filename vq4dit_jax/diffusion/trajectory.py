@@ -159,9 +159,7 @@ def run(
     def look(position: Position, j: Any) -> tuple[Position, Any]:
         own = None if hoisted is None else jax.tree.map(lambda a: a[j], hoisted)
         position = position._replace(j=j)
-        found, position = advance(
-            network, sampler, sched, params, problem, scale, position, blocks=blocks, hoisted=own
-        )
+        found, position = advance(network, sampler, sched, params, problem, scale, position, blocks=blocks, hoisted=own)
         return position, None if observe is None else observe(found, given)
 
     def step(carry: tuple[Position, Any], j: Any) -> tuple[tuple[Position, Any], Any]:

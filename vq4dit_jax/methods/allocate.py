@@ -70,7 +70,11 @@ class Allocate:
         shares = layers(run.network, run.teacher, found, key=shares_key, cfg_scale=self.cfg_scale)
         chosen = spread(shares, int(self.budget * 8 * sizes(params).assignment_bytes), together=self.by == "roles")
         fresh = quantize(
-            run.teacher, key=kmeans_key, rules=rules(chosen), stacked=run.network.prefixes, max_iterations=_LLOYD_ITERATIONS
+            run.teacher,
+            key=kmeans_key,
+            rules=rules(chosen),
+            stacked=run.network.prefixes,
+            max_iterations=_LLOYD_ITERATIONS,
         )
         # What is not quantized stays as it was given, where it may have been rounded.
         quantized = set(quantized_paths(params))
@@ -210,9 +214,7 @@ def layers(
     A student is the teacher with one block's matrix decoded in its place: memory of one dense stack beside the teacher.
     """
     problem = random_problem(network, teacher, key, images=images, cfg_scale=cfg_scale)
-    _, evaluations = trajectory.observed(
-        network, teacher, problem, num_steps=_STEPS, scale=cfg_scale, observe=_Keep()
-    )
+    _, evaluations = trajectory.observed(network, teacher, problem, num_steps=_STEPS, scale=cfg_scale, observe=_Keep())
     kernels = flatten(teacher)
 
     def total(replaced: dict[str, Any]) -> float:

@@ -173,7 +173,9 @@ class DKM:
 
 def _cooled(params: Any, share: Any) -> Any:
     """The tree with every tau times `share`."""
-    one = lambda slot: dataclasses.replace(slot.leaf, tau=share * slot.leaf.tau) if is_quantized(slot.leaf) else slot.leaf
+    one = lambda slot: (
+        dataclasses.replace(slot.leaf, tau=share * slot.leaf.tau) if is_quantized(slot.leaf) else slot.leaf
+    )
     return map_slots(one, params)
 
 

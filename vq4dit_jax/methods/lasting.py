@@ -1,7 +1,7 @@
 """How much of an error in one step of the sampler is left in the image.
 
-After a step x = sqrt(a) x_0 + sqrt(b) noise (b = 1 - a of a Gaussian process; of a flow a = (1 - s)^2 and b = s^2). An error in x is
-an error of 1/sqrt(a) in units of the image, if it stays. The steps that follow treat it as noise where images have no such
+After a step x = sqrt(a) x_0 + sqrt(b) noise (b = 1 - a of a Gaussian process; of a flow a = (1 - s)^2, b = s^2). An error in x
+is an error of 1/sqrt(a) in units of the image, if it stays. The steps that follow treat it as noise where images have no such
 detail: of a coefficient with variance v the least-squares estimate of x_0 keeps a v / (a v + b) (Wiener). Fine detail has
 small v, so errors in it last from the last few steps alone; broad shapes are settled much earlier.
 """

@@ -1,4 +1,4 @@
-"""The loop of gradient methods: steps, log lines and checkpoints. Killed at any step and started again it ends with the same bits.
+"""The loop of gradient methods: steps, log lines and checkpoints. A run that was killed at any step ends with the same bits.
 
 A method is a frozen dataclass with `steps`, `batch`, `trajectory_steps`, `cfg_scale`, `remat` and three pure functions:
 
@@ -84,8 +84,8 @@ def step(
 def run_steps(method: Any, run: Context, student: Any, key: jax.Array) -> tuple[Any, list[dict[str, Any]]]:
     """(what `finalize` gives after all steps, the lines of the log).
 
-    Where `run.folder` is given, `step_NNNNNN` (orbax: state and walk) is written there every `save_every` steps and at the end; the
-    same call goes on from it, with the same bits as if it had never stopped.
+    Where `run.folder` is given, `step_NNNNNN` (orbax: state and walk) is written there every `save_every` steps and at the end;
+    the same call goes on from it, with the same bits as if it had never stopped.
 
     Raises InputError where the loss is not finite or L_d grows a thousandfold, with the step and the first parameter that is not
     finite; the last good state stays in the folder.
@@ -141,7 +141,9 @@ def _require_sound(line: dict[str, Any], first: float, state: Any, steps: "_Step
     broken = [
         jax.tree_util.keystr(path, simple=True, separator="/")
         for path, leaf in leaves
-        if jnp.issubdtype(leaf.dtype, jnp.floating) and "floor" not in str(path) and not np.isfinite(np.asarray(leaf)).all()
+        if jnp.issubdtype(leaf.dtype, jnp.floating)
+        and "floor" not in str(path)
+        and not np.isfinite(np.asarray(leaf)).all()
     ]
     what = f"{bad[0]} is {line[bad[0]]}" if bad else f"L_d is {line['l_d']:.3g} and was {first:.3g} at the first step"
     where = f"; the first parameter that is not finite is {broken[0]}" if broken else ""

@@ -26,7 +26,7 @@ def block_distance(student: Any, teacher: Any) -> Float[Array, ""]:
 
 
 def paper_regularizer(leaves: list[Any]) -> Float[Array, ""]:
-    """L_r (eq 9) of soft leaves: sum_n (1 - |2r - 1|) averaged over all sub-vectors; n at r = 1/2, 0 where all ratios are 0 or 1."""
+    """L_r (eq 9) of soft leaves: sum_n (1 - |2r - 1|) averaged over all sub-vectors; n at r = 1/2, 0 at 0 or 1."""
     total = sum((1 - jnp.abs(2 * leaf.ratios() - 1)).sum() for leaf in leaves)
     return total / sum(leaf.num_subvectors for leaf in leaves)
 
@@ -74,7 +74,9 @@ def step_distance(
         directions.append(lasting.octaves(condition_part(network, evaluation)))
     directions.append(clean)
     alone = jnp.stack([jnp.square(e).mean() for e in errors])
-    shared = jnp.stack([sum(_along(e, d) for d in part) for e, part in zip(errors, zip(*directions, strict=True), strict=True)])
+    shared = jnp.stack(
+        [sum(_along(e, d) for d in part) for e, part in zip(errors, zip(*directions, strict=True), strict=True)]
+    )
     spread = jnp.square(deviation - wanted_deviation).mean() * left.fraction
     channels = tuple(range(error.ndim - 1))
     cast = jnp.square(error.mean(channels)).mean() * left.squared[-1] * left.steps[-1]

@@ -38,7 +38,7 @@ class InputMoments(NamedTuple):
 
     second: Float[Array, "*stack I I"]
     means: Float[Array, "N *stack I"]
-    weights: Float[Array, " N"]
+    weights: Any
 
     def of_block(self, block: int | None) -> "InputMoments":
         """Those of one matrix of the stack; of a kernel without a stack (None), themselves."""
@@ -160,7 +160,7 @@ def input_moments(
     images: int = 16,
     num_steps: int = 10,
     cfg_scale: float = 1.5,
-    weights: Mapping[str, Float[Array, " N"]] = types.MappingProxyType({}),
+    weights: Mapping[str, Any] = types.MappingProxyType({}),
     differences: Mapping[str, float] = types.MappingProxyType({}),
 ) -> dict[str, InputMoments]:
     """Of the inputs of the kernels at `paths`, over one trajectory of the teacher (zero data).
@@ -206,7 +206,11 @@ def input_moments(
             given=(flat, {path: count / np.float32(num_steps) for path, count in counts.items()}),
             reduce="sum",
         )
-    except (TypeError, ValueError, AttributeError) as error:  # what a user's function raises where it cannot take a probe
+    except (
+        TypeError,
+        ValueError,
+        AttributeError,
+    ) as error:  # what a user's function raises where it cannot take a probe
         what = next(iter(str(error).strip().splitlines()), "")
         raise InputError(
             "moments are collected from Linears of vq4dit_jax.qarray.linear; this network does something else with "

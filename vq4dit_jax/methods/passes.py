@@ -13,7 +13,7 @@ import pathlib
 import time
 import zlib
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -60,6 +60,7 @@ class Context:
         return as_network(self.model, remat=True)
 
 
+@runtime_checkable
 class Pass(Protocol):
     """A frozen dataclass; see the module."""
 
@@ -73,7 +74,9 @@ def pass_key(key: jax.Array, name: str) -> jax.Array:
     return jax.random.fold_in(key, zlib.crc32(name.encode()))
 
 
-def begin(model: Any, teacher: Any, key: jax.Array, folder: str | os.PathLike | None = None, **settings: Any) -> Context:
+def begin(
+    model: Any, teacher: Any, key: jax.Array, folder: str | os.PathLike | None = None, **settings: Any
+) -> Context:
     """The context of a model (a module of ours, or a `Network`) and its full-precision parameters, which may be numpy's."""
     network = as_network(model)
     teacher = jax.tree.map(jnp.asarray, teacher)

@@ -1,6 +1,6 @@
 """Assignments and codebooks that keep each layer's outputs on the teacher's trajectory, before any gradient.
 
-The mathematics of one layer is the leaf's own (`QuantizedArray.solve`; of codebooks `codebook.solver`); here it is done to a tree.
+The mathematics of one layer is the leaf's own (`QuantizedArray.solve`, `codebook.solver`); here it is done to trees.
 """
 
 import concurrent.futures
@@ -184,7 +184,9 @@ def _restored(
 ) -> tuple[Float[Array, ""], Float[Array, " O"]]:
     """(g, what to add to the bias) of one matrix; g = 1 without `scale`, or where the two have nothing in common."""
     with jax.default_matmul_precision("highest"):
-        found = moments if block is None else InputMoments(moments.second[block], moments.means[:, block], moments.weights)
+        found = (
+            moments if block is None else InputMoments(moments.second[block], moments.means[:, block], moments.weights)
+        )
         weight = (kernel if block is None else kernel[block]).T.astype(jnp.float32)
         covariance = found.covariance()
         wanted, common = ((weight @ covariance) * weight).sum(), ((weight @ covariance) * quantized).sum()

@@ -83,8 +83,8 @@ class _Reader(Kernel):
 def widened_variance(
     sched: Schedule, i: Index, interpolation: Float[Array, "B *S C"], variance: Float[Array, ""]
 ) -> Float[Array, "B *S C"]:
-    """The variance output (`schedule.ddpm_gaussian`) of a step that has `variance` less, and a quarter of its own at least, so that
-    with an error of that variance in the mean the draws are as wide as before.
+    """The variance output (`schedule.ddpm_gaussian`) of a step that has `variance` less, and at least a quarter of its own, so
+    that with an error of that variance in the mean the draws are as wide as before.
 
     Where the schedule leaves no choice of the variance (the last of two steps), the output means nothing and stays.
     """

@@ -9,7 +9,6 @@ Images are NHWC in model space: C = 4 latents or C = 3 pixels.
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -26,7 +25,7 @@ from vq4dit_jax.networks.conditioning import ClassLabels
 from vq4dit_jax.networks.network import Network, OutputLayer, Prediction, Role, Stack
 from vq4dit_jax.networks.prepared import PreparedBlocks
 from vq4dit_jax.qarray.linear import Linear, leaf
-from vq4dit_jax.qarray.parts import split_runs
+from vq4dit_jax.qarray.parts import scan
 
 _SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
 DIT_VARIANTS: dict[str, dict[str, int]] = {
@@ -276,10 +275,8 @@ class DiT(nn.Module):
         return jax.tree.map(lambda *parts: jnp.concatenate(parts), *ranges)
 
     def _runs(self) -> list[Any]:
-        """Runs of equal blocks, in order: prepared ones, or stacked parameters."""
+        """The stack of blocks, or the runs of equal blocks that prepared ones come in."""
         blocks = self._blocks()
-        if isinstance(blocks, Mapping):
-            return split_runs(blocks)
         return list(blocks) if isinstance(blocks, tuple) else [blocks]
 
     def _tokens(self, x: Float[Array, "B H W C"]) -> Float[Array, "B T D"]:
@@ -289,8 +286,8 @@ class DiT(nn.Module):
         if isinstance(run, PreparedBlocks):
             return prepared.modulation(run, nn.silu(c))
         one = Modulation(6 * self.hidden_size, parent=None)
-        apply = lambda _, p: (None, one.apply({"params": p}, c))
-        return jax.lax.scan(apply, None, run["adaLN_modulation"])[1]
+        apply = lambda _, p, __: (None, one.apply({"params": p}, c))
+        return scan(apply, None, run["adaLN_modulation"])[1]
 
     def _run(self, run: Any, tokens: jax.Array, c: jax.Array, modulation: Any, look: bool) -> tuple[Any, Any, Any]:
         """A run of equal blocks: tokens, and where `look` is set outputs of all blocks and ranges of prepared ones."""
@@ -303,8 +300,8 @@ class DiT(nn.Module):
             return prepared.run(run, tokens, given, **how).astype(self.dtype), None, None
         apply = lambda p, tokens, m: self._block.apply({"params": p}, tokens, c, m)
         apply = jax.checkpoint(apply) if self.remat else apply
-        step = lambda tokens, p: (out := apply(p[0], tokens, p[1]), out if look else None)
-        return *jax.lax.scan(step, tokens, (run, modulation)), None
+        step = lambda tokens, p, m: (out := apply(p, tokens, m), out if look else None)
+        return *scan(step, tokens, run, modulation), None
 
     def forward_with_cfg(
         self,

@@ -166,7 +166,9 @@ def as_network(model: Any, remat: bool = False) -> Network:
             )
         return model
     if not hasattr(model, "network"):
-        raise InputError(f"model is a {type(model).__name__}; wanted a DiT, or a vq4dit_jax.Network that says how it is run")
+        raise InputError(
+            f"model is a {type(model).__name__}; wanted a DiT, or a vq4dit_jax.Network that says how it is run"
+        )
     return (model.clone(remat=True) if remat else model).network()
 
 

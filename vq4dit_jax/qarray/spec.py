@@ -117,7 +117,7 @@ class VQSpec(Spec):
     codewords: int
     subvector: int
     groups: int = 1
-    dtype: str = "float32"
+    dtype: Any = "float32"
 
     def __post_init__(self) -> None:
         _whole(self, "codewords", 1, 65536)

@@ -129,7 +129,7 @@ class VQArray(QuantizedArray):
         wide = jnp.asarray(self.codebook, jnp.float32)
         return self.with_codebook((factor * wide).astype(self.codebook.dtype))
 
-    def soften(self, weight: Float[np.ndarray, "*stack O I"], num_candidates: int, start: str) -> QuantizedArray:
+    def soften(self, weight: Float[np.ndarray, "*stack O I"] | None, num_candidates: int, start: str) -> QuantizedArray:
         """A `SoftVQArray` of at most K candidates."""
         from vq4dit_jax.qarray.soft import soften  # that file knows this class
 

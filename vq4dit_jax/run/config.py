@@ -47,7 +47,7 @@ def default() -> ml_collections.ConfigDict:
 
     c.calibration = ml_collections.ConfigDict(
         {**vq4dit.defaults(), **LAYERWISE}
-    )  # methods/vq4dit.py and tune.py say what each does
+    )  # methods/vq4dit.py and tune.py explain them
     c.calibration.save_every = 50  # steps between checkpoints
 
     c.sample = ml_collections.ConfigDict()
