@@ -92,15 +92,17 @@ class TimestepEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """A row per class, and one more, index num_classes, for the null label of guidance."""
+    """A row per class, and with `null_label` one more, index num_classes, for the null label of guidance."""
 
     num_classes: int
     features: int
+    null_label: bool = True
 
     @nn.compact
     def __call__(self, y: Int[Array, " B"], dtype: Any) -> Float[Array, "B D"]:
         init = nn.initializers.normal(0.02)
-        table = nn.Embed(self.num_classes + 1, self.features, embedding_init=init, dtype=dtype, name="embedding_table")
+        rows = self.num_classes + self.null_label
+        table = nn.Embed(rows, self.features, embedding_init=init, dtype=dtype, name="embedding_table")
         return table(y)
 
 
@@ -183,6 +185,8 @@ class DiT(nn.Module):
     num_heads: int = 16
     mlp_ratio: float = 4.0
     num_classes: int = 1000
+    null_label: bool = True
+    predicts: str = "eps"
     learn_sigma: bool = True
     freq_shift: int = 0
     norm2_eps: float = _NORM_EPS
@@ -201,7 +205,7 @@ class DiT(nn.Module):
         self.x_embedder = PatchEmbed(self.patch_size, self.hidden_size)
         self.pos_embed = self.param("pos_embed", lambda _: jnp.asarray(sincos_positions(self.grid, self.hidden_size)))
         self.t_embedder = TimestepEmbedder(self.hidden_size, self.freq_shift)
-        self.y_embedder = LabelEmbedder(self.num_classes, self.hidden_size)
+        self.y_embedder = LabelEmbedder(self.num_classes, self.hidden_size, self.null_label)
         self._block = DiTBlock(self.num_heads, self.mlp_ratio, self.norm2_eps, parent=None)
         # In a function, because Flax takes apart the dicts and tuples that a module's attributes are.
         blocks = leaf(self, "blocks", self._init_blocks)
