@@ -39,6 +39,7 @@ DIFFUSERS = Layout(
     ),
 )
 
+CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")
 DEFAULT_NORM_EPS = 1e-5
 FREQ_SHIFT = 1
 
@@ -51,8 +52,15 @@ _WANTED = {
 }
 
 
-def check_config(path: Any, config: Mapping[str, Any]) -> None:
-    """Refuses a `config.json` of another architecture."""
+def check_config(path: Any, config: Mapping[str, Any]) -> float:
+    """Refuses a `config.json` of another architecture; `norm_eps` of the one it is."""
+    name = config.get("_class_name", CLASSES[0])
+    if name not in CLASSES:
+        raise InputError(f"{path}: config.json has _class_name={name!r}; {' or '.join(CLASSES)} is wanted")
     for key, wanted in _WANTED.items():
         if config.get(key, wanted) != wanted:
             raise InputError(f"{path}: config.json has {key}={config[key]!r}; DiT has {wanted!r}")
+    norm_eps = config.get("norm_eps", DEFAULT_NORM_EPS)
+    if type(norm_eps) not in (int, float) or not 0 < norm_eps < 1:
+        raise InputError(f"{path}: config.json has norm_eps={norm_eps!r}; a number between 0 and 1 is wanted")
+    return norm_eps

@@ -4,6 +4,7 @@ resumably and checked.
 Of most of them no checksum is published. So a checksum is trusted on first use: a download is complete when it has the
 length that the server announced and opens as what it should be; its SHA-256 is then printed and stored beside it in
 `<name>.sha256`, and every later use compares. That catches a file that changes, not one that was wrong from the start.
+So a file without a known checksum comes over https, redirects included, or from this machine.
 """
 
 import contextlib
@@ -18,6 +19,7 @@ import re
 import shutil
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 import zipfile
 from collections.abc import Callable, Iterator
@@ -26,7 +28,9 @@ from typing import BinaryIO
 from absl import logging
 from tqdm import tqdm
 
-from convert.readers import open_checkpoint, require_torch
+from convert.readers import open_checkpoint
+from convert.safetensors_files import open_safetensors
+from convert.torch_files import require_torch
 from vq4dit_jax import files
 from vq4dit_jax.errors import InputError
 
@@ -68,6 +72,7 @@ OFFICIAL_EVALUATION: dict[str, tuple[str, str, str | None]] = {
 }
 _CHUNK = 1 << 20  # bytes
 _TIMEOUT = 60  # seconds without a byte
+_THIS_MACHINE = ("127.0.0.1", "::1", "localhost")
 _ATTEMPTS = 5  # in a row without a new byte
 _BROKEN = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError)
 
@@ -114,7 +119,7 @@ def official_vae(
     folder = (files.cache_folder() if folder is None else pathlib.Path(folder).expanduser()) / name
     commit, checksums = OFFICIAL_VAES[name]
     for file, checksum in checksums.items():
-        opens = _open_json if file.endswith(".json") else _open_safetensors
+        opens = _open_json if file.endswith(".json") else open_safetensors
         _fetch(f"{base_url}/{commit}/{file}", folder / file, checksum, opens, pause)
     return folder
 
@@ -173,17 +178,6 @@ def _open_json(path: pathlib.Path) -> None:
         raise InputError(f"{path}: not JSON: {error}") from None
 
 
-def _open_safetensors(path: pathlib.Path) -> None:
-    """As `open_checkpoint`, which goes by the suffix, and that of a download in progress is another."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="numpy"):
-            pass
-    except SafetensorError as error:
-        raise InputError(f"{path}: not a whole safetensors file: {error}") from None
-
-
 def _fetch(
     url: str, target: pathlib.Path, known: str | None, opens: Callable[[pathlib.Path], object], pause: float
 ) -> pathlib.Path:
@@ -195,6 +189,9 @@ def _fetch(
     if target.is_file():
         _check_sum(target, target, known, opens)
         return target
+    opener = urllib.request.build_opener(*(() if known else (_GuardedRedirects,)))
+    if known is None:
+        check_address(url)
     partial = folder / f"{name}.partial"
     by_hand = f"download {url} by other means and put it into {folder} as {name}"
     try:
@@ -203,7 +200,7 @@ def _fetch(
             if target.is_file():  # another process has just finished it
                 _check_sum(target, target, known, opens)
                 return target
-            _download(url, file, partial, pause)
+            _download(opener, url, file, partial, pause)
             try:
                 _check_sum(partial, target, known, opens)
             except InputError:
@@ -225,13 +222,34 @@ def _fetch(
     return target
 
 
-def _download(url: str, file: BinaryIO, partial: pathlib.Path, pause: float) -> None:
+def check_address(url: str) -> None:
+    """Refuses an address from which anybody on the way could send other bytes: only https, and this machine, are left."""
+    address = urllib.parse.urlsplit(url)
+    if address.scheme == "https" or (address.scheme == "http" and address.hostname in _THIS_MACHINE):
+        return
+    raise InputError(
+        f"{url}: refused, because {address.scheme}:// does not protect what is sent and no checksum of the file is known; "
+        "use an https:// address"
+    )
+
+
+class _GuardedRedirects(urllib.request.HTTPRedirectHandler):
+    """Follows redirects to addresses that `check_address` lets pass."""
+
+    def redirect_request(self, req, fp, code, msg, headers, newurl):
+        check_address(newurl)
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def _download(
+    opener: urllib.request.OpenerDirector, url: str, file: BinaryIO, partial: pathlib.Path, pause: float
+) -> None:
     """Fills `file`, beginning where it ends; broken connections are resumed while bytes keep coming."""
     failures = 0
     while True:
         before = _size(partial)
         try:
-            if _append(url, file, partial):
+            if _append(opener, url, file, partial):
                 return
             error: Exception = ConnectionError("the connection closed before the end of the file")
         except urllib.error.HTTPError:
@@ -246,7 +264,7 @@ def _download(url: str, file: BinaryIO, partial: pathlib.Path, pause: float) -> 
         time.sleep(pause * 2 ** (failures - 1))
 
 
-def _append(url: str, file: BinaryIO, partial: pathlib.Path) -> bool:
+def _append(opener: urllib.request.OpenerDirector, url: str, file: BinaryIO, partial: pathlib.Path) -> bool:
     """One connection. Whether the file now is as long as the server says it is."""
     start = _size(partial)
     etag = _etag_file(partial)
@@ -256,7 +274,7 @@ def _append(url: str, file: BinaryIO, partial: pathlib.Path) -> bool:
         if etag.is_file():  # the server sends the whole file again if it is another one by now
             request.add_header("If-Range", etag.read_text())
     try:
-        response = urllib.request.urlopen(request, timeout=_TIMEOUT)
+        response = opener.open(request, timeout=_TIMEOUT)
     except urllib.error.HTTPError as error:
         error.close()
         if error.code != http.client.REQUESTED_RANGE_NOT_SATISFIABLE:

@@ -23,7 +23,9 @@ import numpy as np
 from flax import traverse_util
 
 from convert import inception_graph
-from convert.readers import Checkpoint, open_checkpoint
+from convert.checkpoint import Checkpoint
+from convert.download import check_address
+from convert.readers import open_checkpoint
 from vq4dit_jax.errors import InputError
 from vq4dit_jax.evaluation.networks.inception import Inception
 
@@ -65,10 +67,12 @@ def load_inception(source: str | os.PathLike) -> dict:
       source: a file or folder in one of the forms above, or the https:// handle of a TF-Hub module.
 
     Raises:
-      InputError: names the file and the parameter that is missing, left over, of a wrong shape or not finite.
+      InputError: names the file and the parameter that is missing, left over, of a wrong shape or not finite; or a
+        handle over plain http.
       MissingExtraError: torch or TensorFlow is wanted for this form and not installed.
     """
     if str(source).startswith(("https://", "http://")):
+        check_address(str(source))
         return _from_graph(inception_graph.open_module(str(source)))
     path = pathlib.Path(source).expanduser()
     if path.is_dir():

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from convert.readers import Checkpoint
+from convert.checkpoint import Checkpoint
 from vq4dit_jax.errors import InputError, MissingExtraError
 
 # A layer that only this network has, by which it is found in a graph, whatever stands before its name.

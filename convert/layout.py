@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from convert.readers import Checkpoint
+from convert.checkpoint import Checkpoint
 from vq4dit_jax.errors import InputError
 
 Shape = tuple[int, ...]

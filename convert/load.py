@@ -1,7 +1,10 @@
 """`load_pretrained`: a checkpoint of any known layout to a `DiT` and its parameters, sizes read off the shapes."""
 
+import dataclasses
+import functools
 import math
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -9,14 +12,20 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from convert import diffusers
+from convert import diffusers, sit
+from convert.checkpoint import Checkpoint
+from convert.classes import count_classes
 from convert.diffusers import DIFFUSERS
 from convert.facebook import FACEBOOK
 from convert.layout import Layout, Shape
-from convert.readers import Checkpoint, open_checkpoint
+from convert.readers import open_checkpoint
+from convert.sit import FAMILIES, VARIANTS
 from vq4dit_jax import files
 from vq4dit_jax.errors import InputError
-from vq4dit_jax.networks.dit import DIT_VARIANTS, DiT, sincos_positions
+from vq4dit_jax.networks.dit import DiT, sincos_positions
+
+_LAYOUTS = (FACEBOOK, DIFFUSERS)
+_MAX_INPUT_SIZE = 4096  # a position table of more is a mistake in a config
 
 
 def load_pretrained(
@@ -26,19 +35,24 @@ def load_pretrained(
     num_heads: int | None = None,
     num_classes: int | None = None,
     input_size: int | None = None,
+    predicts: str | None = None,
     dtype: Any = jnp.float32,
 ) -> tuple[DiT, dict[str, Any]]:
-    """Opens a pretrained DiT.
+    """Opens a pretrained DiT, or a SiT, which has DiT's modules and was trained as a flow (see `convert.sit`).
 
     Args:
-      path: a facebookresearch/DiT checkpoint (`.pt`, also with the weights under `ema`, `model` or `state_dict`), the
-        same names in a `.safetensors` file, or a diffusers model: its folder, or its weights' file. `asset:NAME` is a
-        model that ships with this package: `asset:dit_cifar10.safetensors`.
-      variant: "DiT-XL/2" and so on. Not needed; where given, the checkpoint must agree with it.
-      num_heads: the one size that shapes do not tell. Found, in this order, in this argument, in the diffusers config
-        or the safetensors metadata (`num_heads`), in the variant, and in the published variant of that depth and width.
-      num_classes: without the null label of guidance. Not needed; where given, the checkpoint must agree with it.
+      path: a facebookresearch/DiT, SiT or REPA checkpoint (`.pt`; of a training checkpoint the EMA weights are taken),
+        the same names in a `.safetensors` file, or a diffusers model: its folder, a pipeline's, or its weights' file.
+        `asset:NAME` is a model that ships with this package: `asset:dit_cifar10.safetensors`.
+      variant: "DiT-XL/2", "SiT-XL/2" and so on, or "DiT" or "SiT" of any size. Where given, the checkpoint must agree
+        with it. Needed only for a SiT whose file holds no arguments that tell.
+      num_heads: the one size that shapes do not tell. Found, in this order, in this argument, in the config, in
+        the training arguments or the safetensors metadata (`num_heads`), in the variant, and in the published
+        variant of that depth and width.
+      num_classes: without the null label of guidance. Where given, the checkpoint must agree with it. Needed only for a
+        table without a null row that nothing in the file tells of (see `convert.classes`).
       input_size: side of the image or latent in model space. Needed only for diffusers weights without their config.
+      predicts: "eps" or "flow"; another way to say what the family of `variant` says.
       dtype: of the parameters; the module computes in float32 unless it is cloned with another `dtype`.
 
     Returns:
@@ -49,8 +63,14 @@ def load_pretrained(
       InputError: whatever is wrong with the file or does not fit, in one line with the parameter's name.
       MissingExtraError: the file is PyTorch's and torch is not installed.
     """
-    checkpoint = open_checkpoint(files.resolve(os.fspath(path)))
-    layout, model = describe(checkpoint, variant, num_heads=num_heads, num_classes=num_classes, input_size=input_size)
+    checkpoint, layout, model = describe(
+        files.resolve(os.fspath(path)),
+        variant,
+        num_heads=num_heads,
+        num_classes=num_classes,
+        input_size=input_size,
+        predicts=predicts,
+    )
     leaves = {}
     for leaf_path, leaf in layout.leaves(checkpoint, model.depth, np.dtype(dtype)):
         leaves[leaf_path] = jax.block_until_ready(jax.device_put(leaf))  # jnp.asarray would copy twice
@@ -60,17 +80,25 @@ def load_pretrained(
 
 
 def describe(
-    checkpoint: Checkpoint,
+    path: str | os.PathLike,
     variant: str | None = None,
     *,
     num_heads: int | None = None,
     num_classes: int | None = None,
     input_size: int | None = None,
-) -> tuple[Layout, DiT]:
-    """The layout of a checkpoint and the module that it fits, once every name and shape has been checked."""
-    if variant is not None and variant not in DIT_VARIANTS:
-        raise InputError(f"no variant {variant!r}; known: {', '.join(DIT_VARIANTS)}")
+    predicts: str | None = None,
+) -> tuple[Checkpoint, Layout, DiT]:
+    """Opens a checkpoint and checks every name and shape: the weights to read, their layout, and the module that they fit."""
+    if variant is not None and variant not in VARIANTS and variant not in FAMILIES:
+        raise InputError(f"no variant {variant!r}; known: {', '.join(VARIANTS)}")
+    starts = [f"{layout.block_prefix}0." for layout in _LAYOUTS]
+    checkpoint = open_checkpoint(path, starts, diffusers.CLASSES)
     layout = _recognise(checkpoint)
+    checkpoint = dataclasses.replace(checkpoint, config=_own_config(checkpoint, layout))
+    trained = sit.training(checkpoint, variant, predicts)
+    if trained.predicts == "flow":
+        checkpoint = sit.without_heads(checkpoint)
+    sit.check_attention(checkpoint)
     depth = layout.depth(checkpoint)
     layout.check_names(checkpoint, depth)
 
@@ -78,29 +106,32 @@ def describe(
     if patch != across:
         raise InputError(f"{checkpoint.path}: {name} has patches of {patch} x {across}; square ones are wanted")
     sizes = {"depth": depth, "hidden_size": width, "patch_size": patch}
-    if variant is not None:
-        wanted = {size: DIT_VARIANTS[variant][size] for size in sizes}
+    if variant in VARIANTS:
+        wanted = {size: VARIANTS[variant][size] for size in sizes}
         if sizes != wanted:
             raise InputError(f"{checkpoint.path}: has {_spell(sizes)}, but {variant} has {_spell(wanted)}")
+    name, (rows, _) = layout.first(checkpoint, "y_embedder/embedding_table/embedding")
+    classes = count_classes(checkpoint, name, rows, num_classes)
     model = DiT(
         **sizes,
         in_channels=channels,
         input_size=_input_size(checkpoint, layout, patch, input_size),
-        num_heads=_num_heads(checkpoint, sizes, variant, num_heads),
-        num_classes=_num_classes(checkpoint, layout, num_classes),
+        num_heads=_num_heads(checkpoint, sizes, num_heads),
+        num_classes=classes.num_classes,
+        null_label=classes.null_label,
         mlp_ratio=_mlp_ratio(checkpoint, layout, width),
         learn_sigma=_learn_sigma(checkpoint, layout, channels, patch),
+        predicts=trained.predicts,
     )
     if layout is DIFFUSERS:
-        diffusers.check_config(checkpoint.path, checkpoint.config)
-        norm_eps = checkpoint.config.get("norm_eps", diffusers.DEFAULT_NORM_EPS)
+        norm_eps = diffusers.check_config(checkpoint.path, checkpoint.config)
         model = model.clone(freq_shift=diffusers.FREQ_SHIFT, norm2_eps=norm_eps)
     layout.check_shapes(checkpoint, depth, _leaf_shapes(model))
-    return layout, model
+    return sit.forwards(checkpoint) if trained.backwards else checkpoint, layout, model
 
 
 def _recognise(checkpoint: Checkpoint) -> Layout:
-    for layout in (FACEBOOK, DIFFUSERS):
+    for layout in _LAYOUTS:
         if layout.fits(checkpoint):
             return layout
     under = f" under {checkpoint.wrapper!r}" if checkpoint.wrapper else ""
@@ -115,6 +146,7 @@ def _spell(sizes: dict[str, int]) -> str:
     return ", ".join(f"{size}={value}" for size, value in sizes.items())
 
 
+@functools.lru_cache(maxsize=8)  # tracing takes longer than reading a small model
 def _leaf_shapes(model: DiT) -> dict[str, Shape]:
     x = jnp.zeros((1, model.input_size, model.input_size, model.in_channels))
     label = jnp.zeros((1,), jnp.int32)
@@ -122,14 +154,22 @@ def _leaf_shapes(model: DiT) -> dict[str, Shape]:
     return {path: leaf.shape for path, leaf in flatten_dict(tree, sep="/").items()}
 
 
-def _num_heads(checkpoint: Checkpoint, sizes: dict[str, int], variant: str | None, num_heads: int | None) -> int:
+def _own_config(checkpoint: Checkpoint, layout: Layout) -> Mapping[str, Any]:
+    """The config where it is this model's: diffusers', or the module's arguments as huggingface_hub's mixin writes them."""
+    config = checkpoint.config
+    if layout is DIFFUSERS:
+        return config
+    own = "depth" in config and config["depth"] == layout.depth(checkpoint)
+    return config if own else {}
+
+
+def _num_heads(checkpoint: Checkpoint, sizes: dict[str, int], num_heads: int | None) -> int:
     heads = num_heads
     if heads is None:
-        heads = checkpoint.config.get("num_attention_heads", checkpoint.metadata.get("num_heads"))
+        heads = checkpoint.config.get("num_attention_heads", checkpoint.facts.get("num_heads"))
     if heads is None:
-        published = (v for v in DIT_VARIANTS.values() if all(v[s] == sizes[s] for s in ("depth", "hidden_size")))
-        known = DIT_VARIANTS[variant] if variant is not None else next(published, {})
-        heads = known.get("num_heads")
+        published = (v for v in VARIANTS.values() if all(v[s] == sizes[s] for s in ("depth", "hidden_size")))
+        heads = next(published, {}).get("num_heads")
     if heads is None:
         raise InputError(
             f"{checkpoint.path}: {_spell(sizes)} is no published variant and the number of attention heads stands "
@@ -141,16 +181,6 @@ def _num_heads(checkpoint: Checkpoint, sizes: dict[str, int], variant: str | Non
     return int(heads)
 
 
-def _num_classes(checkpoint: Checkpoint, layout: Layout, num_classes: int | None) -> int:
-    name, (rows, _) = layout.first(checkpoint, "y_embedder/embedding_table/embedding")
-    if num_classes is not None and rows != num_classes + 1:
-        raise InputError(
-            f"{checkpoint.path}: {name} has {rows} rows; num_classes={num_classes} wants {num_classes + 1}, "
-            "one for each class and one for the null label"
-        )
-    return rows - 1
-
-
 def _input_size(checkpoint: Checkpoint, layout: Layout, patch: int, input_size: int | None) -> int:
     if layout is DIFFUSERS:  # its position table is computed
         size = checkpoint.config.get("sample_size") if input_size is None else input_size
@@ -159,8 +189,10 @@ def _input_size(checkpoint: Checkpoint, layout: Layout, patch: int, input_size: 
                 f"{checkpoint.path}: these weights do not tell the image size; keep diffusers' config.json beside them "
                 "or pass input_size="
             )
-        if not isinstance(size, int) or size < patch or size % patch:
-            raise InputError(f"{checkpoint.path}: an image size of {size} is no multiple of the patch size {patch}")
+        if type(size) is not int or not patch <= size <= _MAX_INPUT_SIZE or size % patch:
+            raise InputError(
+                f"{checkpoint.path}: an image size of {size} is no multiple of the patch size {patch} up to {_MAX_INPUT_SIZE}"
+            )
         return size
     name, (_, tokens, _) = layout.first(checkpoint, "pos_embed")
     grid = math.isqrt(tokens)

@@ -16,7 +16,6 @@ import numpy as np
 from convert.facebook import FACEBOOK
 from convert.layout import read_finite
 from convert.load import describe
-from convert.readers import open_checkpoint
 from vq4dit_jax.errors import InputError
 from vq4dit_jax.files import atomic_path
 
@@ -28,23 +27,29 @@ def to_safetensors(
     target: str | os.PathLike,
     *,
     dtype: str = "float16",
+    variant: str | None = None,
     num_heads: int | None = None,
+    num_classes: int | None = None,
     origin: str | None = None,
     licence: str | None = None,
 ) -> None:
     """Checks `source` as `load_pretrained` does and writes its tensors to `target`.
 
-    The metadata of `target` has `num_heads`, which shapes do not tell, and where given `origin` and `licence`.
+    The metadata of `target` has what shapes do not tell: `num_heads`, `num_classes` of a table without a null row, a
+    SiT's `model`, `prediction` and `path_type`; and where given `origin` and `licence`. A REPA is written as a SiT.
     """
     from safetensors.numpy import save_file
 
-    checkpoint = open_checkpoint(source)
-    layout, model = describe(checkpoint, num_heads=num_heads)
+    checkpoint, layout, model = describe(source, variant, num_heads=num_heads, num_classes=num_classes)
     if layout is not FACEBOOK:
         raise InputError(f"{source}: {layout.name} layout; only {FACEBOOK.name} checkpoints are rewritten")
     names = (name for rule in layout.rules for name in rule.names(model.depth))
     tensors = {name: np.ascontiguousarray(read_finite(checkpoint, name, _DTYPES[dtype])) for name in names}
     metadata = {"num_heads": str(model.num_heads), "origin": origin, "licence": licence}
+    if not model.null_label:
+        metadata["num_classes"] = str(model.num_classes)
+    if model.predicts == "flow":
+        metadata |= {"model": "SiT", "prediction": "velocity", "path_type": "Linear"}
     with atomic_path(target) as partial:
         save_file(tensors, partial, metadata={key: value for key, value in metadata.items() if value is not None})
         partial.chmod(0o644)  # save_file lets only the owner read
@@ -55,7 +60,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("source", type=pathlib.Path, help="checkpoint with facebookresearch/DiT's names")
     parser.add_argument("target", type=pathlib.Path, help="safetensors file to write")
     parser.add_argument("--dtype", choices=_DTYPES, default="float16")
+    parser.add_argument(
+        "--variant", help="DiT-XL/2, SiT-XL/2, ..., or DiT or SiT; needed where nothing in the file tells"
+    )
     parser.add_argument("--num-heads", type=int, help="attention heads; needed unless the variant is a published one")
+    parser.add_argument("--num-classes", type=int, help="classes, without the null label")
     parser.add_argument("--origin", help="where the weights come from, for the metadata")
     parser.add_argument("--licence", help="licence of the weights, for the metadata")
     try:

@@ -17,9 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from convert.checkpoint import Checkpoint
 from convert.download import official_vae
 from convert.layout import BIAS, CONV, LINEAR, Kind, Layout, Rule, Shape
-from convert.readers import Checkpoint, open_checkpoint
+from convert.readers import open_checkpoint
 from vq4dit_jax.errors import InputError
 from vq4dit_jax.networks.vae import AutoencoderKL
 

@@ -4,8 +4,10 @@ import argparse
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
+import zipfile
 
 import jax
 import jax.numpy as jnp
@@ -368,7 +370,8 @@ def test_numbers_that_are_none(save):
 def test_what_the_caller_says_must_agree(save):
     path = save(weights())
     refused(path, "depth=3", "depth=28", "DiT-XL/2", variant="DiT-XL/2")
-    refused(path, "y_embedder.embedding_table.weight", "6 rows", "num_classes=6", num_classes=6)
+    for wrong in (4, 7, 0):
+        refused(path, "y_embedder.embedding_table.weight", "6 rows", f"num_classes={wrong}", num_classes=wrong)
     refused(path, "input_size=8", "16", input_size=16)
     with pytest.raises(InputError, match="DiT-XL/3.*known.*DiT-XL/2"):
         load_pretrained(path, variant="DiT-XL/3")
@@ -481,3 +484,495 @@ def test_broken_shard_indexes(module, tmp_path):
     index.write_text("{}")
     with pytest.raises(InputError, match="weight_map"):
         load_pretrained(path)
+
+
+# ---- Where the weights lie in a training checkpoint
+
+
+def tensors(torch, w=None, shift=0.0) -> dict:
+    return {name: torch.from_numpy(tensor) + shift for name, tensor in (w or weights()).items()}
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "ema",
+        "model_ema",
+        "ema_model",
+        "ema_state_dict",
+        "params_ema",
+        "state_dict_ema",
+        "modelEma",
+        "EMA",
+        "model_ema1",
+    ],
+)
+@pytest.mark.parametrize("first", [True, False])
+def test_ema_weights_are_preferred_by_any_name(torch, save_torch, save, capsys, key, first):
+    ema, raw = (
+        {key: tensors(torch)},
+        {"model": tensors(torch, shift=1.0), "optimizer_ema": {"state": {0: torch.ones(3)}}},
+    )
+    path = save_torch(
+        (ema | raw if first else raw | ema) | {"rng_state": torch.zeros(8, dtype=torch.uint8), "epoch": 3}
+    )
+    _, params = load_pretrained(path, num_heads=HEADS)
+    said = capsys.readouterr().err
+    assert repr(key) in said and str(path) in said and said.count("\n") == 1
+    assert open_checkpoint(path).wrapper == key
+    assert_same_tree(params, load_pretrained(save(weights()), num_heads=HEADS)[1])
+
+
+@pytest.mark.parametrize(
+    "wrap, wrapper",
+    [
+        (lambda raw, ema: {"state_dict": raw, "callbacks": {"EMA": {"ema_weights": raw}}}, "state_dict"),
+        (lambda raw, ema: {"module": raw, "optimizer": {"ema": raw}}, "module"),
+        (lambda raw, ema: {"model_ema": {}, "model": raw}, "model"),
+        (lambda raw, ema: {"ema": None, "model_state_dict": raw}, "model_state_dict"),
+        (lambda raw, ema: {"ema": {"decay": 0.9999}, "my_network": raw}, "my_network"),
+        (lambda raw, ema: {"model": {"raw": raw, "ema": ema}}, "model.ema"),
+        (lambda raw, ema: {"ema": {"decay": 0.9, "shadow": ema}, "model": raw}, "ema.shadow"),
+        (lambda raw, ema: {"non_ema": ema, "model": raw}, "model"),
+    ],
+)
+def test_other_places(torch, save_torch, wrap, wrapper):
+    raw, ema = tensors(torch), tensors(torch, shift=1.0)
+    path = save_torch(wrap(raw, ema))
+    assert open_checkpoint(path).wrapper == wrapper
+    _, params = load_pretrained(path, num_heads=HEADS)
+    wanted = ema if "ema" in wrapper else raw
+    np.testing.assert_array_equal(params["final_layer"]["linear"]["bias"], wanted["final_layer.linear.bias"])
+
+
+@pytest.mark.parametrize(
+    "ema, raw",
+    [
+        ("ema.", ""),
+        ("model_ema.", "model."),
+        ("ema_model.module.", "model.module."),
+        ("ema.ema_model.", "ema.online_model."),
+        ("module.ema_net.", "module.net."),
+    ],
+)
+@pytest.mark.parametrize("first", [True, False])
+def test_ema_weights_by_a_prefix(torch, save_torch, save, capsys, ema, raw, first):
+    parts = [
+        {f"{ema}{n}": t for n, t in tensors(torch).items()},
+        {f"{raw}{n}": t + 1 for n, t in tensors(torch).items()},
+    ]
+    counters = {"ema.initted": torch.tensor(True), "ema.step": torch.tensor(7), "model_ema.decay": torch.tensor(0.99)}
+    state = (parts[0] | parts[1] if first else parts[1] | parts[0]) | counters
+    path = save_torch({"state_dict": state, "global_step": 3})
+    wanted = load_pretrained(save(weights()), num_heads=HEADS)[1]
+    assert not capsys.readouterr().err
+    assert_same_tree(load_pretrained(path, num_heads=HEADS)[1], wanted)
+    assert repr(f"state_dict.{ema[:-1]}") in capsys.readouterr().err
+
+
+def test_the_ema_of_latent_diffusion_has_names_without_dots(torch, save_torch, save):
+    raw = {f"model.diffusion_model.{name}": tensor + 1 for name, tensor in tensors(torch).items()}
+    fixed = "model.diffusion_model.pos_embed"  # not trained, so without an average
+    raw[fixed] -= 1
+    ema = {f"model_ema.{n[6:].replace('.', '')}": t - 1 for n, t in raw.items() if n != fixed}
+    vae = {"first_stage_model.decoder.conv_in.weight": torch.ones(3, 3)}
+    path = save_torch({"state_dict": raw | ema | vae | {"model_ema.decay": torch.tensor(0.9999)}})
+    wanted = load_pretrained(save({n: (t + 1) - 1 for n, t in weights().items()}), num_heads=HEADS)[1]
+    wanted["pos_embed"] = load_pretrained(path, num_heads=HEADS)[1]["pos_embed"]
+    assert_same_tree(load_pretrained(path, num_heads=HEADS)[1], wanted)
+    assert "ema of model" in open_checkpoint(path, ["blocks.0."]).wrapper
+
+
+def test_ema_weights_without_names_are_not_passed_over(torch, save_torch):
+    ema = {"decay": 0.999, "shadow_params": list(tensors(torch).values())}
+    refused(save_torch({"model": tensors(torch), "ema": ema}), "'ema'", "without names")
+    refused(save_torch({"model": tensors(torch), "ema_params": ema["shadow_params"]}), "'ema_params'", "without names")
+
+
+def test_several_models_and_no_ema(torch, save_torch):
+    refused(
+        save_torch({"teacher": tensors(torch), "student": tensors(torch)}), "'teacher', 'student'", "save one of them"
+    )
+    two = {f"{p}.{n}": t for p in ("teacher", "student") for n, t in tensors(torch).items()}
+    refused(save_torch(two), "teacher.*, student.*", "save one of them")
+
+
+def test_a_checkpoint_that_contains_itself(torch, save_torch):
+    itself = {"epoch": 3}
+    itself["model"] = itself
+    refused(save_torch(itself), "contains itself")
+    first, second = {"weight": torch.ones(3)}, {}
+    first["state_dict"], second["model"] = second, first
+    refused(save_torch(first), "contains itself")
+    nested = {}
+    for _ in range(100):
+        nested = {"model": nested}
+    refused(save_torch(nested), "more than 8 dictionaries")
+    harmless = {"model": tensors(torch), "epoch": 3}
+    harmless["trainer"] = harmless
+    assert load_pretrained(save_torch(harmless), num_heads=HEADS)[0].depth == DEPTH
+
+
+# ---- Prefixes
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        "module.",
+        "_orig_mod.",
+        "model.",
+        "net.",
+        "_forward_module.",
+        "module._orig_mod.",
+        "_forward_module.model.",
+        "dit.core.",
+    ],
+)
+@pytest.mark.parametrize("kind", [".pt", ".safetensors"])
+def test_one_common_prefix_is_taken_off(torch, save_torch, save, capsys, prefix, kind):
+    wanted = load_pretrained(save(weights()), num_heads=HEADS)[1]
+    w = {f"{prefix}{name}": tensor for name, tensor in weights().items()}
+    path = (
+        save(w) if kind == ".safetensors" else save_torch({"model": tensors(torch, w), "n_averaged": torch.tensor(3)})
+    )
+    assert_same_tree(load_pretrained(path, num_heads=HEADS)[1], wanted)
+    if left := prefix.replace("_orig_mod.", "").replace("_forward_module.", ""):
+        assert left[:-1] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("inside", ["_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"])
+def test_wrapped_blocks(save, inside):
+    w = weights()
+    wanted = load_pretrained(save(w), num_heads=HEADS)[1]
+    wrapped = {re.sub(r"^(blocks\.\d+)\.", rf"\1.{inside}.", name): tensor for name, tensor in w.items()}
+    assert_same_tree(load_pretrained(save(wrapped), num_heads=HEADS)[1], wanted)
+    name = f"blocks.0.{inside}.attn.qkv.bias"
+    refused(save(wrapped | {"blocks.0.attn.qkv.bias": w["blocks.0.attn.qkv.bias"]}), name, "without their wrappers")
+
+
+def test_a_prefix_of_diffusers_names(module, folder, tmp_path, torch):
+    state = {f"module.{name}": tensor for name, tensor in module.state_dict().items()}
+    torch.save(state, tmp_path / "a.pt")
+    model, params = load_pretrained(tmp_path / "a.pt", num_heads=2, input_size=8)
+    assert_same_tree(params, load_pretrained(folder)[1])
+
+
+def test_what_is_no_common_prefix(save):
+    w = {f"net.{name}": tensor for name, tensor in weights().items()}
+    refused(save(w | {"scale": np.ones(3, np.float32)}), "unexpected", "scale", "'net'")
+    refused(save(w | {"net.blocks.0.extra": np.ones(3, np.float32)}), "unexpected", "blocks.0.extra")
+    del w["net.blocks.1.mlp.fc1.bias"]
+    refused(save(w), "lacks", "blocks.1.mlp.fc1.bias")
+    refused(save({f"module.{n}": np.ones(3, np.float32) for n in ("a", "b")}), "not a DiT", "module.a")
+
+
+# ---- Classes, and the null label
+
+
+def table(rows: int) -> dict[str, np.ndarray]:
+    return weights(classes=rows - 1)
+
+
+def classes(path, **options) -> tuple[int, bool]:
+    model, params = load_pretrained(path, num_heads=HEADS, **options)
+    assert params["y_embedder"]["embedding_table"]["embedding"].shape[0] == model.num_classes + model.null_label
+    return model.num_classes, model.null_label
+
+
+def test_classes_as_the_caller_says(save):
+    assert classes(save(table(6)), num_classes=6) == (6, False)
+    assert classes(save(table(6)), num_classes=5) == (5, True)
+    assert classes(save(table(1000)), num_classes=999) == (999, True)
+    assert classes(save(table(6), {"num_classes": "6"}), num_classes=5) == (5, True)
+
+
+@pytest.mark.parametrize(
+    "rows, facts, wanted",
+    [
+        (10, {"num_classes": 10}, (10, False)),
+        (11, {"num_classes": 10}, (10, True)),
+        (10, {"class_dropout_prob": 0.0}, (10, False)),
+        (10, {"class_dropout_prob": 0.1}, (9, True)),
+        (10, {"num_classes": 10, "class_dropout_prob": 0}, (10, False)),
+        (1000, {"class_dropout_prob": 0.1}, (999, True)),
+        (1000, {"num_classes": 999}, (999, True)),
+        (10, {"cfg_prob": 0.0}, (10, False)),
+        (10, {"num_classes": 1000}, (9, True)),
+    ],
+)
+def test_classes_as_the_file_says(torch, save_torch, save, rows, facts, wanted):
+    for args in (argparse.Namespace(**facts), facts, argparse.Namespace(**facts, lr=1e-4, data_path=None)):
+        path = save_torch({"ema": tensors(torch, table(rows)), "args": args})
+        assert classes(path) == wanted
+    assert classes(save(table(rows), {key: str(value) for key, value in facts.items()})) == wanted
+    path = save_torch({"state_dict": tensors(torch, table(rows)), "hyper_parameters": facts | {"betas": [0.9, 0.99]}})
+    assert classes(path) == wanted
+
+
+def test_a_disagreement_between_file_and_table_is_said(torch, save_torch, capsys):
+    classes(save_torch({"ema": tensors(torch, table(6)), "args": argparse.Namespace(num_classes=1000)}))
+    assert "1000 classes" in (said := capsys.readouterr().err) and "6 rows" in said
+
+
+def test_classes_without_any_fact(save):
+    assert classes(save(table(1000))) == (1000, False)
+    for rows in (2, 6, 11, 101, 999, 1001):
+        assert classes(save(table(rows))) == (rows - 1, True)
+    assert classes(save(table(1))) == (1, False)
+    refused(save(table(1)), "1 rows", "num_classes=2", num_classes=2)
+
+
+def test_a_model_without_a_null_row_is_rewritten_as_one(save, tmp_path):
+    assert (
+        to_safetensors([str(save(table(6))), str(tmp_path / "b.safetensors"), "--num-heads=2", "--num-classes=6"]) == 0
+    )
+    assert classes(tmp_path / "b.safetensors") == (6, False)
+
+
+# ---- 8 bits
+
+
+@pytest.mark.parametrize("name", ["float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz"])
+def test_float8_weights_are_read_exactly(torch, save_torch, save, name):
+    w = {n: t.astype(getattr(ml_dtypes, name)) for n, t in weights().items()}
+    _, wanted = load_pretrained(save({n: t.astype(np.float32) for n, t in w.items()}), num_heads=HEADS)
+    path = save_torch({n: t.to(getattr(torch, name)) for n, t in tensors(torch).items()})
+    assert_same_tree(load_pretrained(path, num_heads=HEADS)[1], wanted)
+    if name in ("float8_e4m3fn", "float8_e5m2"):
+        from safetensors.torch import save_file as save_file_torch
+
+        save_file_torch(
+            {n: t.to(getattr(torch, name)) for n, t in tensors(torch).items()}, path.with_suffix(".safetensors")
+        )
+        assert_same_tree(load_pretrained(path.with_suffix(".safetensors"), num_heads=HEADS)[1], wanted)
+
+
+def test_other_types_are_refused_in_one_line(torch, save_torch):
+    bits = torch.zeros(4 * WIDTH, dtype=torch.uint8)
+    for dtype in (torch.float8_e8m0fnu, torch.float4_e2m1fn_x2, torch.int8):
+        refused(
+            save_torch(tensors(torch) | {"blocks.1.mlp.fc1.bias": bits.view(dtype)}), "blocks.1.mlp.fc1.bias", "type"
+        )
+    nan = tensors(torch) | {"blocks.1.mlp.fc1.bias": (bits + 127).view(torch.float8_e4m3fn)}
+    refused(save_torch(nan), "blocks.1.mlp.fc1.bias", "64 NaN")
+
+
+def test_a_tensor_larger_than_its_numbers_in_the_file(torch, save_torch):
+    for tensor in (
+        torch.zeros(1).expand(10**9),
+        torch.zeros(3, device="meta"),
+        torch.zeros(5).as_strided((4, 4), (1, 0)),
+    ):
+        refused(save_torch(tensors(torch) | {"pos_embed": tensor}), "pos_embed", str(tuple(tensor.shape)))
+
+
+# ---- What a file is
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab\nsize 2700611775\n"
+
+
+@pytest.mark.parametrize("name", ["model.pt", "model.safetensors", "model.ckpt"])
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (POINTER, ("Git LFS pointer", "git lfs pull")),
+        (b"<!DOCTYPE html>\n<html><body>Sign in</body></html>", ("web page", "download")),
+        (b"\n <HTML lang=en>", ("web page",)),
+        (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", ("web page", "download")),
+        (b"Entry not found", ("'Entry not found'", "download")),
+        (b'{"error": "Repository not found"}', ("Repository not found", "download")),
+        (b'{"_class_name": "DiTTransformer2DModel"}', ("config", "folder")),
+        (b"\x1f\x8b\x08\x00" + bytes(20), ("gzip", "unpack")),
+        (b"\x89HDF\r\n\x1a\n" + bytes(20), ("HDF5",)),
+        (b"GGUF\x03" + bytes(20), ("GGUF",)),
+        (bytes(257) + b"ustar" + bytes(300), ("tar archive", "unpack")),
+    ],
+)
+def test_what_is_no_checkpoint_is_named(torch, tmp_path, name, content, words):
+    (tmp_path / name).write_bytes(content)
+    refused(tmp_path / name, *words)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_zip_archives_of_other_things(torch, tmp_path):
+    path = tmp_path / "model.pt"
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), path)
+    refused(path, "TorchScript", "torch.jit.load")
+    with open(path, "wb") as file:
+        np.savez(file, mu=np.zeros(3))
+    refused(path, "numpy archive")
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("DiT-XL-2/model.safetensors", b"")
+    refused(path, "zip archive", "DiT-XL-2/model.safetensors", "unpack")
+
+
+class Config:
+    pass
+
+
+def test_torchs_advice_to_switch_the_protection_off_is_not_passed_on(torch, save_torch, tmp_path):
+    whole = save_torch({"model": torch.nn.Linear(2, 2)})
+    values = (
+        {"args": Config()},
+        {"lr": np.float64(3)},
+        torch.nn.Linear(2, 2),
+        {"path": tmp_path},
+        {1, frozenset((2,))},
+    )
+    for value in values:
+        for path in (save_torch(value), save_torch(value, _use_new_zipfile_serialization=False), whole):
+            with pytest.raises(InputError) as caught:
+                load_pretrained(path, num_heads=HEADS)
+            assert not re.search("weights[ _]only|safe_globals|trust", str(caught.value), re.IGNORECASE)
+    for content in (
+        pickle.dumps({1, 2}),
+        pickle.dumps(3, 0),
+        b"\x80\x02}q\x00\x8a",
+        b"\x80\x04\x95\xff" * 9,
+        b"(dp0\n",
+    ):
+        for name in ("bare.pt", "bare.safetensors"):
+            (tmp_path / name).write_bytes(content)
+            with pytest.raises(InputError) as caught:
+                load_pretrained(tmp_path / name, num_heads=HEADS)
+            assert not re.search("weights[ _]only|safe_globals|trust", str(caught.value), re.IGNORECASE)
+
+
+def test_files_are_opened_as_what_they_are(torch, save_torch, save, tmp_path):
+    wanted = load_pretrained(save(weights()), num_heads=HEADS)[1]
+    for name in ("renamed.pt", "renamed.bin", "renamed"):
+        (tmp_path / name).write_bytes(save(weights()).read_bytes())
+        assert_same_tree(load_pretrained(tmp_path / name, num_heads=HEADS)[1], wanted)
+    for zipped in (True, False):
+        renamed = save_torch(tensors(torch), _use_new_zipfile_serialization=zipped).rename(
+            tmp_path / "renamed.safetensors"
+        )
+        assert_same_tree(load_pretrained(renamed, num_heads=HEADS)[1], wanted)
+
+
+def test_an_index_given_as_the_file(module, folder, tmp_path):
+    module.save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
+    index = tmp_path / "sharded" / "diffusion_pytorch_model.safetensors.index.json"
+    model, params = load_pretrained(index)
+    same, wanted = load_pretrained(folder)
+    assert model == same
+    assert_same_tree(params, wanted)
+    refused(tmp_path / "sharded" / "config.json", "config", "folder")
+    index.write_text(json.dumps({"weight_map": {"a": index.name}}))
+    refused(index, "not weights")
+
+
+# ---- Folders by other names
+
+
+@pytest.mark.parametrize("options", [{}, {"max_shard_size": "20KB"}, {"safe_serialization": False}])
+def test_variants_of_diffusers_folders(module, folder, tmp_path, options):
+    wanted = load_pretrained(folder)
+    module.save_pretrained(tmp_path / "fp16", variant="fp16", **options)
+    model, params = load_pretrained(tmp_path / "fp16")
+    assert model == wanted[0]
+    assert_same_tree(params, wanted[1])
+
+
+def test_the_best_of_several_variants_is_read(module, folder, torch):
+    wanted = load_pretrained(folder)[1]
+    with torch.no_grad():
+        module.proj_out_2.bias += 1
+    for variant in ("fp16", "bf16", "non_ema"):
+        module.save_pretrained(folder, variant=variant)
+        assert_same_tree(load_pretrained(folder)[1], wanted)
+    module.save_pretrained(folder, variant="ema")
+    bias = load_pretrained(folder)[1]["final_layer"]["linear"]["bias"]
+    np.testing.assert_array_equal(bias, wanted["final_layer"]["linear"]["bias"] + 1)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "checkpoint.pt", "dit.ckpt"])
+def test_folders_of_accelerate(torch, save, tmp_path, name):
+    wanted = load_pretrained(save(weights()), num_heads=HEADS)[1]
+    state = tmp_path / "checkpoint-1000"
+    state.mkdir()
+    torch.save({"state": {}}, state / "optimizer.bin")
+    torch.save({}, state / "scheduler.bin")
+    (state / "random_states_0.pkl").write_bytes(b"")
+    if name.endswith(".safetensors"):
+        save_file(weights(), state / name)
+    else:
+        torch.save(tensors(torch), state / name)
+    assert_same_tree(load_pretrained(state, num_heads=HEADS)[1], wanted)
+
+
+def test_pipelines(module, folder, tmp_path):
+    wanted = load_pretrained(folder)[1]
+    pipeline = tmp_path / "pipeline"
+    module.save_pretrained(pipeline / "transformer", variant="fp16")
+    (pipeline / "model_index.json").write_text(json.dumps({"transformer": ["diffusers", "DiTTransformer2DModel"]}))
+    (pipeline / "vae").mkdir()
+    save_file({"a": np.zeros(3, np.float32)}, pipeline / "model.safetensors")  # all in one file, not diffusers'
+    assert_same_tree(load_pretrained(pipeline)[1], wanted)
+    (pipeline / "transformer" / "config.json").unlink()
+    assert_same_tree(load_pretrained(pipeline, num_heads=2, input_size=8)[1], wanted)
+
+
+def test_folders_without_an_answer(tmp_path):
+    refused(tmp_path, "no config.json and no weights")
+    for name in ("a.pt", "b.pt"):
+        (tmp_path / name).write_bytes(b"")
+    refused(tmp_path, "a.pt, b.pt", "give one file")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text("{}")
+    refused(tmp_path / "other", "no weights", "model.safetensors")
+
+
+def test_a_module_saved_by_huggingface_hub(save, tmp_path):
+    """`PyTorchModelHubMixin` writes the module's arguments as config.json, without a class."""
+    config = {
+        "depth": DEPTH,
+        "hidden_size": WIDTH,
+        "num_heads": 4,
+        "num_classes": CLASSES + 1,
+        "class_dropout_prob": 0.0,
+    }
+    path = save(weights())
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for source in (path, tmp_path):
+        model, _ = load_pretrained(source)
+        assert (model.num_heads, model.num_classes, model.null_label) == (4, CLASSES + 1, False)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        '{"num_attention_heads": 12, "architectures": ["BertModel"], "num_classes": 6}',
+        '{"_class_name": "AutoencoderKL", "norm_eps": -1}',
+        '{"_class_name": "DiTTransformer2DModel", "num_attention_heads": 3, "num_embeds_ada_norm": 6, "activation_fn": "geglu"}',
+        '{"depth": 40, "num_heads": 3, "num_classes": 6}',
+        "{",
+        "[" * 100_000,
+        "[]",
+        "",
+    ],
+)
+def test_an_unrelated_config_beside_a_file(torch, save_torch, save, tmp_path, config):
+    wanted = load_pretrained(save(weights()), num_heads=HEADS)
+    (tmp_path / "config.json").write_text(config)
+    for path in (save_torch(tensors(torch)), save(weights(), {"num_heads": "2"})):
+        model, params = load_pretrained(path, num_heads=None if path.suffix == ".safetensors" else HEADS)
+        assert model == wanted[0]
+        assert_same_tree(params, wanted[1])
+
+
+def test_configs_with_impossible_numbers(folder):
+    for key, value in {
+        "norm_eps": -0.5,
+        "sample_size": 2147483648,
+        "num_attention_heads": "two",
+        "_class_name": "PixArtTransformer2DModel",
+    }.items():
+        original = (folder / "config.json").read_text()
+        edit_config(folder, **{key: value})
+        refused(folder, str(value), num_heads=None)
+        (folder / "config.json").write_text(original)
+    edit_config(folder, norm_eps=float("inf"))
+    refused(folder, "norm_eps=inf")

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import threading
+import urllib.request
 
 import numpy as np
 import pytest
@@ -38,6 +39,7 @@ class Server:
         self.content = content
         self.paths = paths or {}  # with contents of their own
         self.moved = False  # every path to the same one under /cdn, as the Hugging Face hub does
+        self.elsewhere = None  # the server of /cdn, if it is another one
         self.etag = '"1"'
         self.cuts = []  # bytes after which the next connections break
         self.ranges = True
@@ -60,7 +62,7 @@ class Server:
         asked = handler.headers.get("Range")
         if self.moved and not handler.path.startswith("/cdn/"):
             handler.send_response(302)
-            handler.send_header("Location", f"{self.url}/cdn{handler.path}")
+            handler.send_header("Location", f"{self.elsewhere or self.url}/cdn{handler.path}")
             handler.send_header("Content-Length", "0")
             return handler.end_headers()
         self.requests.append(asked)
@@ -209,6 +211,54 @@ def test_a_known_checksum_is_compared(get, monkeypatch, tmp_path):
     with pytest.raises(InputError, match="SHA-256.*0000"):
         get()
     assert NAME not in left_in(tmp_path / "cache")
+
+
+def test_plain_http_without_a_checksum_is_refused(tmp_path, torch, monkeypatch):
+    """Anybody on the way could send other weights. Nothing is asked of such an address, and nothing is written."""
+    asked = []
+    monkeypatch.setattr(download, "_download", lambda opener, url, *rest: asked.append(url))
+    for base in (
+        "http://mirror.example.org",
+        "HTTP://mirror.example.org",
+        "ftp://mirror.example.org",
+        "http://127.0.0.1.example.org",
+    ):
+        for fetch in (
+            lambda: official_checkpoint(NAME, tmp_path / "cache", base_url=base),
+            lambda: official_vae(VAE, tmp_path / "cache", base_url=base),
+            lambda: official_evaluation("imagenet256", tmp_path / "cache", base_url=base),
+        ):
+            with pytest.raises(InputError, match="no checksum of the file is known; use an https://") as caught:
+                fetch()
+            assert "\n" not in str(caught.value)
+    assert not asked and not (tmp_path / "cache").exists()
+
+
+def test_plain_http_with_a_checksum_is_checked_by_it(tmp_path, torch, monkeypatch):
+    monkeypatch.setitem(OFFICIAL_CHECKPOINTS, NAME, "0" * 64)
+    with pytest.raises(
+        InputError, match="cannot download http://mirror.example.org"
+    ):  # it was tried: there is no network
+        official_checkpoint(NAME, tmp_path / "cache", base_url="http://mirror.example.org", pause=0.0)
+
+
+def test_a_redirect_from_https_to_plain_http_is_not_followed():
+    """As a mirror's server may answer: urllib itself would go there without a word."""
+    guarded = download._GuardedRedirects()
+    request = urllib.request.Request("https://example.org/weights.pt")
+    for location in ("http://example.org/weights.pt", "ftp://example.org/weights.pt"):
+        with pytest.raises(InputError, match=location):
+            guarded.redirect_request(request, None, 302, "Found", {}, location)
+    assert guarded.redirect_request(request, None, 302, "Found", {}, "https://cdn.example.org/w").full_url.endswith(
+        "/w"
+    )
+
+
+def test_a_redirect_that_is_not_followed_is_said(hub, tmp_path):
+    hub.elsewhere = "http://mirror.example.org"
+    with pytest.raises(InputError, match="http://mirror.example.org/.*no checksum"):
+        official_vae(VAE, tmp_path / "cache", base_url=hub.url, pause=0.0)
+    assert left_in(tmp_path / "cache" / VAE) == set()
 
 
 def test_a_full_disk_is_said_before_the_download(get, monkeypatch, server):
