@@ -93,8 +93,7 @@ def torch_forms(images: int) -> dict[str, Call]:
 
     def call(run: Callable[..., torch.Tensor], dtype: torch.dtype) -> Call:
         own = x.to(dtype)
-        with torch.inference_mode():
-            return lambda: run(own, t, y, CFG_SCALE)
+        return lambda: run(own, t, y, CFG_SCALE)
 
     wide, narrow = network(torch.float32), network(torch.bfloat16)
     return {
