@@ -13,7 +13,7 @@ import pathlib
 import time
 import zlib
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -60,6 +60,7 @@ class Context:
         return as_network(self.model, remat=True)
 
 
+@runtime_checkable
 class Pass(Protocol):
     """A frozen dataclass; see the module."""
 
