@@ -153,7 +153,8 @@ def test_the_model_runs_from_it(made):
 def test_it_samples(made):
     model, _, packed = made
     how = dict(key=jax.random.key(0), num_steps=2, cfg_scale=1.5)
-    found, wanted = (np.asarray(vq.sample(model, p, jnp.arange(2, dtype=jnp.int32), **how)) for p in (packed, vq.dequantize(packed)))
+    sample = lambda params: np.asarray(vq.sample(model, params, jnp.arange(2, dtype=jnp.int32), **how))
+    found, wanted = sample(packed), sample(vq.dequantize(packed))
     assert found.shape == (2, 8, 8, 3) and np.isfinite(found).all()
     np.testing.assert_allclose(found, wanted, atol=1e-3 * np.abs(wanted).max())
 
@@ -171,7 +172,7 @@ def test_what_it_has_no_form_for_is_said(made):
     _, _, packed = made
     leaf = packed["blocks"]["attn"]["qkv"]["kernel"][1]
     assert leaf.tunable() == {} and leaf.soften(None, 2, "distance") is leaf and leaf.harden() is leaf
-    assert leaf.solve(None, None, None, feedbacks=1, rounds=1) is None
+    assert leaf.solve(jnp.ones((2, 32, 96)), jnp.ones((2, 32, 32)), 1, feedbacks=1, rounds=1) is None
     with pytest.raises(InputError, match="a LowRank has no form for the kernels"):
         leaf.prepare(jnp.int8)
     with pytest.raises(InputError, match="a LowRank cannot be scaled"):

@@ -106,8 +106,11 @@ class QuantizedArray(Kernel):
         """The leaf of W_hat times `factor`, in the types that it has."""
         raise InputError(f"a {type(self).__name__} cannot be scaled; leave such leaves out of the passes that scale")
 
-    def soften(self, weight: Float[np.ndarray, "*stack O I"], num_candidates: int, start: str) -> "QuantizedArray":
-        """The form that gradients train, made with the teacher's weight; the leaf itself where it has no other."""
+    def soften(
+        self, weight: Float[np.ndarray, "*stack O I"] | None, num_candidates: int, start: str
+    ) -> "QuantizedArray":
+        """The form that gradients train, made with the teacher's weight (not read, and None will do, for one candidate); the
+        leaf itself where it has no other."""
         return self
 
     def harden(self) -> "QuantizedArray":

@@ -94,7 +94,7 @@ class SoftVQArray(Transient):
 
 
 def soften(
-    hard: VQArray, weight: Float[np.ndarray, "*stack O I"], num_candidates: int, start: str = "distance"
+    hard: VQArray, weight: Float[np.ndarray, "*stack O I"] | None, num_candidates: int, start: str = "distance"
 ) -> SoftVQArray:
     """Candidates (eq 5) and first logits of a k-means result.
 

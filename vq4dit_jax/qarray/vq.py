@@ -123,13 +123,13 @@ class VQArray(QuantizedArray):
     def spec(self) -> Any:
         from vq4dit_jax.qarray.spec import VQSpec  # that file knows this class
 
-        return VQSpec(self.num_codewords, self.subvector_length, self.num_groups, self.codebook.dtype)
+        return VQSpec(self.num_codewords, self.subvector_length, self.num_groups, jnp.dtype(self.codebook.dtype).name)
 
     def scaled(self, factor: Any) -> "VQArray":
         wide = jnp.asarray(self.codebook, jnp.float32)
         return self.with_codebook((factor * wide).astype(self.codebook.dtype))
 
-    def soften(self, weight: Float[np.ndarray, "*stack O I"], num_candidates: int, start: str) -> QuantizedArray:
+    def soften(self, weight: Float[np.ndarray, "*stack O I"] | None, num_candidates: int, start: str) -> QuantizedArray:
         """A `SoftVQArray` of at most K candidates."""
         from vq4dit_jax.qarray.soft import soften  # that file knows this class
 
