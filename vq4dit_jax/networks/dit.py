@@ -200,8 +200,6 @@ class DiT(nn.Module):
     num_heads: int = 16
     mlp_ratio: float = 4.0
     num_classes: int = 1000
-    null_label: bool = True
-    predicts: str = "eps"
     learn_sigma: bool = True
     freq_shift: int = 0
     norm2_eps: float = _NORM_EPS

@@ -54,7 +54,12 @@ def restore(described: Any, source: str = "the manifest") -> Model:
     fields = described.get("fields")
     if not isinstance(fields, Mapping):
         raise InputError(f"{source}: the manifest's model has no fields; the file is damaged")
-    return _CLASSES[name](**_checked(_CLASSES[name], fields, source))
+    model = _CLASSES[name](**_checked(_CLASSES[name], fields, source))
+    try:
+        model.network()  # checks what its fields say of the process
+    except InputError as error:
+        raise InputError(f"{source}: the manifest's {name} is none ({error}); the file is damaged") from None
+    return model
 
 
 def _fields(cls: type) -> dict[str, dataclasses.Field]:
@@ -72,6 +77,8 @@ def _checked(cls: type, fields: Mapping[str, Any], source: str) -> dict[str, Any
         default = known[name].default
         if name == "dtype":
             good, wanted = value in ("float32", "bfloat16", "float16"), "float32, bfloat16 or float16"
+        elif isinstance(default, str):
+            good, wanted = isinstance(value, str), "text"
         elif isinstance(default, bool):
             good, wanted = isinstance(value, bool), "true or false"
         elif isinstance(default, float):

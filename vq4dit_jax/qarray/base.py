@@ -109,7 +109,8 @@ class QuantizedArray(Kernel):
     def soften(
         self, weight: Float[np.ndarray, "*stack O I"] | None, num_candidates: int, start: str
     ) -> "QuantizedArray":
-        """The form that gradients train, made with the teacher's weight; the leaf itself where it has no other."""
+        """The form that gradients train, made with the teacher's weight (not read, and None will do, for one candidate); the
+        leaf itself where it has no other."""
         return self
 
     def harden(self) -> "QuantizedArray":

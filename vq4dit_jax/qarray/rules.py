@@ -20,7 +20,7 @@ BITS: dict[float | int, tuple[int, int]] = {1: (256, 8), 1.5: (64, 4), 2: (256, 
 """bits a weight -> (K, d)"""
 
 
-def check(rules: Sequence[Rule]) -> None:
+def check(rules: Any) -> None:
     """InputError for what is no list of rules."""
     if isinstance(rules, str) or not isinstance(rules, Sequence):
         raise InputError(f"rules={rules!r:.80}: wanted a list of (regular expression, spec or KEEP)")
@@ -61,8 +61,8 @@ class Part:
 Plan = dict[str, list[Part]]
 
 
-def plan(params: Params, rules: Sequence[Rule], stacked: Sequence[str] | None = None) -> Plan:
-    """Path of each leaf -> its parts, in order. Works on shapes alone (`jax.eval_shape`).
+def plan(params: Params, rules: Any, stacked: Sequence[str] | None = None) -> Plan:
+    """Path of each leaf -> its parts, in order, for a sequence of `Rule`s. Works on shapes alone (`jax.eval_shape`).
 
     Leaves under a `stacked` prefix have a leading axis over blocks; block i of leaf `blocks/x` has the path `blocks/i/x`.
     Left out, `blocks` is such a prefix where its leaves are stacks, as in a `DiT`.

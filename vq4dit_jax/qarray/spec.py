@@ -132,7 +132,7 @@ class VQSpec(Spec):
         return dataclasses.replace(self, codewords=min(self.codewords, limit))
 
     def with_dtype(self, dtype: Any) -> "VQSpec":
-        return dataclasses.replace(self, dtype=dtype)
+        return dataclasses.replace(self, dtype=_dtype_name(dtype))
 
     def check(self, path: str, rows: int, columns: int) -> None:
         if columns % self.subvector or rows % self.groups:

@@ -123,7 +123,7 @@ class VQArray(QuantizedArray):
     def spec(self) -> Any:
         from vq4dit_jax.qarray.spec import VQSpec  # that file knows this class
 
-        return VQSpec(self.num_codewords, self.subvector_length, self.num_groups, self.codebook.dtype)
+        return VQSpec(self.num_codewords, self.subvector_length, self.num_groups, jnp.dtype(self.codebook.dtype).name)
 
     def scaled(self, factor: Any) -> "VQArray":
         wide = jnp.asarray(self.codebook, jnp.float32)

@@ -6,6 +6,7 @@ of numpy.
 """
 
 import contextlib
+import itertools
 import json
 import os
 import pathlib
@@ -71,11 +72,11 @@ def _rebuild(arrays: dict[str, Any], manifest: dict[str, Any], source: str) -> t
         if missing := [name for name in names if name not in leaves]:
             raise InputError(f"{source}: {missing[0]} is in the manifest and not in the file; it is damaged")
         leaves[path] = from_parts([leaves.pop(name) for name in names])
-    try:
-        params = unflatten(leaves)
-        flatten_tree(params)
-    except (ValueError, TypeError, AttributeError) as error:  # a name that is an array and a folder of others
-        raise InputError(f"{source}: the names of its arrays make no tree ({error}); it is damaged") from None
+    for name in leaves:
+        parents = itertools.accumulate(name.split("/")[:-1], "{}/{}".format)
+        if both := next((parent for parent in parents if parent in leaves), None):
+            raise InputError(f"{source}: {both[:80]} is an array and has others under it; the file is damaged")
+    params = unflatten(leaves)
     check_fits(model, params, source)
     return model, jax.tree.map(jnp.asarray, params)
 
@@ -164,6 +165,9 @@ def save_tree(path: str | os.PathLike, tree: Any, metadata: dict[str, Any]) -> N
         files.reserve(partial, sum(a.nbytes for a in jax.tree.leaves(arrays)))
         try:
             ocp.save(partial.absolute(), arrays, custom_metadata=metadata)
+            # Orbax names the folder that it wrote to, which is nobody's business and makes sizes depend on it.
+            if (mark := partial / "commit_success.txt").exists():
+                mark.write_text("Checkpoint commit was successful", encoding="utf-8")
         finally:
             # What orbax leaves beside the target when it is interrupted.
             for rest in partial.parent.glob(f"{partial.name}.orbax-checkpoint-tmp*"):
