@@ -37,7 +37,7 @@ def locate(name: str, download: bool = True) -> str:
         from convert.download import official
 
         return str(official(name.removeprefix(OFFICIAL), download=download))
-    return str(files.resolve(name)) if name.startswith("asset:") else name
+    return str(files.resolve(name)) if name else ""
 
 
 def open_pretrained(path: str, variant: str | None, num_heads: int | None, num_classes: int | None) -> tuple[DiT, Any]:
@@ -50,7 +50,8 @@ def open_pretrained(path: str, variant: str | None, num_heads: int | None, num_c
 
 def open_model(path: str, variant: str | None = None, num_heads: int | None = None) -> tuple[DiT, Any]:
     """A model of ours, packed (`quantized/`, `model.safetensors`, or the workdir around them), or a full-precision one."""
-    file = pathlib.Path(path)
+    file = pathlib.Path(path).expanduser()
+    files.recover(file / "quantized")
     if (file / "quantized").is_dir():
         file = file / "quantized"
     if file.is_dir() and not any(file.glob("*.json")):  # a diffusers folder has a config.json, orbax's has none
