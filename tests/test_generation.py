@@ -300,9 +300,9 @@ def test_a_process_that_comes_before_the_recipe_waits_for_it_and_compares(tmp_pa
     late = threading.Timer(0.2, lambda: Claim(tmp_path / "recipe.json", {"seed": 2}).take())
     late.start()
     with pytest.raises(InputError, match=r"seed \(1 here, 2 there\)"):
-        generation.claim(ours, patience=60)
+        generation.claim(ours, patience=60.0)
     late.join()
-    generation.claim(Claim(tmp_path / "recipe.json", {"seed": 2}), patience=60)
+    generation.claim(Claim(tmp_path / "recipe.json", {"seed": 2}), patience=60.0)
 
 
 @pytest.mark.parametrize("index", [0, 1])

@@ -8,6 +8,7 @@ import types
 import jax
 import numpy as np
 import pytest
+from conftest import ROOT
 from models import tiny
 
 from vq4dit_jax import main as command
@@ -363,10 +364,11 @@ def test_values_that_no_stage_can_use_are_refused_by_their_key(key, value, words
     assert words in str(caught.value)
 
 
-@pytest.mark.parametrize("size", [256, 512])
-@pytest.mark.parametrize("bits", [1.5, 2.0, 3.0])
-def test_the_shipped_configs_of_xl2_are_valid(size, bits):
-    configs.validate(configs.xl2(size, bits))
+@pytest.mark.parametrize("file", sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "configs").rglob("*.py")))
+def test_the_shipped_configs_are_valid(file):
+    config = programs.load(file)["get_config"]()
+    configs.validate(config)
+    assert config.is_locked
 
 
 # Config files ----------------------------------------------------------------------------------------------------

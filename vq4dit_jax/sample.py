@@ -126,9 +126,9 @@ def _main(flags: argparse.Namespace) -> None:
         "rounding": "uint8, 127.5 x + 128, clipped, cut off",
     }
     about = {"checkpoint": flags.checkpoint, "devices": provenance.devices(), "versions": provenance.versions()}
-    claim = Claim(folder / "recipe.json", recipe, about=about)
+    made_from = Claim(folder / "recipe.json", recipe, about=about)
     # A refusal must not keep the folder: everything is checked before it is claimed.
-    claim.check()
+    made_from.check()
     if not target.exists():
         params = inference.for_sampling(model, params, flags.activations, plan.cfg_scale)
     folder.mkdir(parents=True, exist_ok=True)
@@ -137,7 +137,7 @@ def _main(flags: argparse.Namespace) -> None:
         folder / f".lock{jax.process_index() or ''}", f"--out={folder} is in use by another run; wait for it"
     ):
         patience = 60 * flags.patience
-        generation.claim(claim, patience)
+        generation.claim(made_from, patience)
         if target.exists():
             print(f"{target} is finished; another --out makes new samples.")
             return

@@ -11,7 +11,8 @@ from vq4dit_jax import methods
 from vq4dit_jax.methods.moments import input_moments
 from vq4dit_jax.qarray import quantization
 from vq4dit_jax.run import config as configs
-from vq4dit_jax.run.pipeline import TRAJECTORIES, Pipeline
+from vq4dit_jax.run.pipeline import Pipeline
+from vq4dit_jax.run.seeds import TRAJECTORIES
 from vq4dit_jax.storage import checkpoint
 
 

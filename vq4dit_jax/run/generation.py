@@ -231,17 +231,17 @@ def _sizes(folders: tuple[pathlib.Path, ...]) -> dict[str, int]:
     return out
 
 
-def claim(claim: Claim, patience: float = PATIENCE) -> None:
+def claim(made_from: Claim, patience: float = PATIENCE) -> None:
     """Takes a folder for a job: the first process writes what the samples are made from, the others wait for it and compare."""
     deadline = time.monotonic() + patience
     if jax.process_index() == 0:
-        claim.take()
+        made_from.take()
         return
-    while not claim.file.exists():
+    while not made_from.file.exists():
         if time.monotonic() > deadline:
             raise InputError(
-                f"{claim.file} has not been written by process 0 for {patience / 60:g} minutes; see why it does not run, "
+                f"{made_from.file} has not been written by process 0 for {patience / 60:g} minutes; see why it does not run, "
                 "and whether all processes share the folder"
             )
         time.sleep(_POLL_SECONDS)
-    claim.check()
+    made_from.check()

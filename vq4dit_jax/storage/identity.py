@@ -47,9 +47,12 @@ def digest_file(path: str | os.PathLike) -> str:
 
 
 def differences(ours: dict[str, Any], theirs: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """(key, "key (value here, value there)") of each difference between two JSON objects, keys as `section.key`."""
+    """(key, "key (value here, value there)") of each difference between two JSON objects, keys as `section.key`.
+
+    In the order of ours.
+    """
     out = []
-    for key in sorted(set(ours) | set(theirs)):
+    for key in dict.fromkeys([*ours, *theirs]):
         here, there = (json.loads(json.dumps(facts.get(key))) for facts in (ours, theirs))
         if isinstance(here, dict) and isinstance(there, dict):
             out += differences(here, there, f"{prefix}{key}.")
