@@ -14,5 +14,5 @@ from vq4dit_jax.run.config import cifar10
 def get_config() -> ConfigDict:
     c = cifar10()
     c.quantize.bits = 3.0
-    c.methods.update(FINE)
+    c.calibration.update(FINE)
     return c.lock()

@@ -53,7 +53,9 @@ def open_dataset(source: pathlib.Path, cache: pathlib.Path) -> Dataset:
         images, labels, classes = _read(source)
         digest = hashlib.sha256(images.data)
         digest.update(labels.data)
-        with files.atomic_path(cache) as partial:
+        if (cache / "data.json").exists():  # arrays of another source
+            files.remove(cache)
+        with files.atomic_path(cache, "folder") as partial:
             partial.mkdir()
             np.save(partial / "images.npy", images)
             np.save(partial / "labels.npy", labels)

@@ -15,9 +15,11 @@ from examples.data import Dataset
 from examples.training import Recipe
 from vq4dit_jax import evaluation, files, reporting
 from vq4dit_jax.errors import InputError
+from vq4dit_jax.evaluation import npz
 from vq4dit_jax.networks.dit import DiT
 from vq4dit_jax.run import generation
 from vq4dit_jax.storage import provenance
+from vq4dit_jax.storage.identity import Claim
 
 # From our arrays back to the checkpoint's: the inverses of `Kind.turn`.
 _BACK = {
@@ -75,7 +77,7 @@ def write_all(workdir: pathlib.Path, model: DiT, params: Any, origin: Origin, ev
     model, params = load_pretrained(file)
     samples = sample(workdir / "samples", model, params, max(eval_images, _ROWS * model.num_classes))
     reporting.write_grid(
-        workdir / "samples.png", generation.read_head(samples, _ROWS * model.num_classes), columns=model.num_classes
+        workdir / "samples.png", npz.read_head(samples, _ROWS * model.num_classes), columns=model.num_classes
     )
     metrics = {"step": origin.step, **(measure(samples, eval_images) if eval_images else {})}
     files.write_json(workdir / "metrics.json", metrics)
@@ -87,11 +89,10 @@ def sample(folder: pathlib.Path, model: DiT, params: Any, count: int) -> pathlib
     """`count` images in `folder`/samples.npz; goes on where an earlier run was killed, unless that was of other weights."""
     recipe = {"num_images": count, **PROTOCOL, "model_sha256": provenance.digest(params)}
     target = folder / "samples.npz"
-    try:
-        generation.claim(folder / "recipe.json", recipe, tuple(recipe))
-    except InputError:
+    claim = Claim(folder / "recipe.json", recipe)
+    if claim.differing():
         files.remove(folder)
-        generation.claim(folder / "recipe.json", recipe, tuple(recipe))
+    claim.take()
     if not target.exists():
         plan = generation.Plan(count, **{name: value for name, value in PROTOCOL.items() if name != "seed"})
         generation.generate(plan, model, params, jax.random.key(PROTOCOL["seed"]), target, lambda x: x)
@@ -102,7 +103,7 @@ def measure(samples: pathlib.Path, count: int) -> dict[str, Any]:
     """Quality against CIFAR-10's test images, and how often the classifier sees the class that was asked for."""
     classifier = evaluation.load_classifier("cifar10_resnet56")
     reference = evaluation.load_reference(files.asset("cifar10_reference.npz"))
-    images = generation.read_head(samples, count)
+    images = npz.read_head(samples, count)
     figures, reasons = evaluation.evaluate_with_reasons(images, classifier, reference)
     for comparison in (figures, reasons):
         del comparison["psnr_to_fp_db"]

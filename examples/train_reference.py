@@ -5,8 +5,6 @@ A model to measure quantization on. The recipe is DiT's (Peebles & Xie 2023, arX
 
 import argparse
 import dataclasses
-import fcntl
-import json
 import pathlib
 import shlex
 import sys
@@ -23,6 +21,7 @@ from vq4dit_jax.command_line import Parser, exit_code
 from vq4dit_jax.errors import InputError
 from vq4dit_jax.networks.dit import DiT
 from vq4dit_jax.run import sources
+from vq4dit_jax.storage.identity import Claim
 
 VARIANTS = {
     "small": dict(hidden_size=192, depth=8, num_heads=6, patch_size=4),
@@ -93,11 +92,8 @@ def main(arguments: list[str]) -> int:
 def _main(flags: argparse.Namespace, arguments: str) -> None:
     recipe = _recipe(flags)
     flags.workdir.mkdir(parents=True, exist_ok=True)
-    with open(flags.workdir / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"--workdir={flags.workdir} is in use by another run; wait for it, or copy it") from None
+    busy = f"--workdir={flags.workdir} is in use by another run; wait for it, or copy it"
+    with files.exclusive(flags.workdir / ".lock", busy):
         data = open_dataset(flags.data, flags.workdir / "data")
         model = _model(flags, data)
         claim(flags.workdir / "config.json", flags, recipe, data)
@@ -166,16 +162,8 @@ def _first_weights(flags: argparse.Namespace, model: DiT) -> Any:
 
 def claim(file: pathlib.Path, flags: argparse.Namespace, recipe: training.Recipe, data: Dataset) -> None:
     """Writes what the run is to `file`, or refuses where another is there."""
-    ours = {"variant": flags.variant, "init": flags.init, **dataclasses.asdict(recipe), "data_sha256": data.sha256}
-    if not file.exists():
-        files.write_json(file, ours)
-        return
-    theirs = json.loads(file.read_text(encoding="utf-8"))
-    differing = [
-        f"{name} ({value} here, {theirs.get(name)} there)" for name, value in ours.items() if theirs.get(name) != value
-    ]
-    if differing:
-        raise InputError(f"--workdir={file.parent} holds another run: {', '.join(differing)}; choose another folder")
+    facts = {"variant": flags.variant, "init": flags.init, **dataclasses.asdict(recipe), "data_sha256": data.sha256}
+    Claim(file, facts).take()
 
 
 if __name__ == "__main__":

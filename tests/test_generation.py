@@ -8,7 +8,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+import tracemalloc
+import zipfile
 
 import hypothesis
 import hypothesis.strategies as st
@@ -20,11 +23,13 @@ from models import tiny
 
 import vq4dit_jax
 from vq4dit_jax.errors import InputError
+from vq4dit_jax.evaluation import npz
 from vq4dit_jax.files import asset
 from vq4dit_jax.methods.kmeans import quantize
 from vq4dit_jax.qarray.tree import random_params
-from vq4dit_jax.run import generation
+from vq4dit_jax.run import generation, seeds
 from vq4dit_jax.run.generation import Plan, class_labels
+from vq4dit_jax.storage.identity import Claim
 
 COMMAND = [sys.executable, "-m", "vq4dit_jax.sample"]
 SMALL = ("--num-images=60", "--steps=3", "--batch=7", "--labels=random", "--grid-images=6")
@@ -79,7 +84,7 @@ def test_what_the_command_leaves(whole):
 def test_the_images_are_those_of_the_library(whole):
     """The command's image i is `vq.sample`'s, wherever the shards begin; one level apart where rounding differs."""
     model, params = vq4dit_jax.load_pretrained(asset(TRAINED.removeprefix("asset:")))
-    key, indices = jax.random.key(0), np.asarray([0, 6, 7, 31, 59])
+    key, indices = seeds.stream(0, seeds.SAMPLES), np.asarray([0, 6, 7, 31, 59])
     labels = class_labels("random", key, indices, model.num_classes)
     x = vq4dit_jax.sample(model, params, labels, key=key, num_steps=3, cfg_scale=1.5, indices=indices)
     ours = generation.sampling.to_uint8(np.asarray(x)).astype(int)
@@ -223,8 +228,8 @@ def test_an_npz_written_in_parts_is_that_of_the_whole(tmp_path_factory, count, c
     array = np.arange(count * 6).reshape(count, 2, 3).astype(dtype)
     parts = np.split(array, sorted(min(c, count) for c in cuts))
     folder = tmp_path_factory.mktemp("npz")
-    generation.write_npz(folder / "parts.npz", array.shape, dtype, parts)
-    generation.write_npz(folder / "whole.npz", array.shape, dtype, [array])
+    npz.write_npz(folder / "parts.npz", array.shape, dtype, parts)
+    npz.write_npz(folder / "whole.npz", array.shape, dtype, [array])
     assert (folder / "parts.npz").read_bytes() == (folder / "whole.npz").read_bytes()
     with np.load(folder / "parts.npz", allow_pickle=False) as file:
         np.testing.assert_array_equal(file["arr_0"], array)
@@ -234,7 +239,7 @@ def test_an_npz_written_in_parts_is_that_of_the_whole(tmp_path_factory, count, c
 def test_parts_that_do_not_fit_leave_no_file(tmp_path):
     for parts in ([np.zeros((2, 3), np.uint8)], [np.zeros((3, 4), np.uint8)], [np.zeros((3, 3), np.int8)]):
         with pytest.raises(InputError, match=r"a\.npz"):
-            generation.write_npz(tmp_path / "a.npz", (3, 3), np.uint8, parts)
+            npz.write_npz(tmp_path / "a.npz", (3, 3), np.uint8, parts)
     assert not list(tmp_path.iterdir())
 
 
@@ -247,6 +252,144 @@ def test_balanced_labels_differ_by_at_most_one_and_random_ones_do_not_know_the_b
     np.testing.assert_array_equal(whole, parts)
     assert np.bincount(whole, minlength=10).min() > 60  # 100 expected, standard deviation 9.5
     np.testing.assert_array_equal(class_labels("207,360", key, np.arange(4, 7), 1000), [207, 360, 207])
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 1.5])
+def test_a_seed_that_jax_would_wrap_is_refused(seed):
+    """2**32 and 0 are one key, so two names gave the same images."""
+    with pytest.raises(InputError, match="seed"):
+        seeds.check_seed("seed", seed)
+    assert seeds.check_seed("seed", 2**32 - 1) == 2**32 - 1
+
+
+def test_the_command_refuses_a_seed_before_it_makes_its_folder(checkpoint, tmp_path, capsys):
+    line = _command(capsys, f"--checkpoint={checkpoint}", f"--out={tmp_path / 'out'}", "--seed=4294967296")
+    assert "--seed=4294967296" in line and not (tmp_path / "out").exists()
+
+
+def _command(capsys, *arguments) -> str:
+    """The one line of a refusal."""
+    import runpy
+
+    assert runpy.run_module("vq4dit_jax.sample", run_name="sample_command")["main"](list(arguments)) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    return err
+
+
+def test_a_refused_command_does_not_keep_the_folder(checkpoint, tmp_path, capsys):
+    out = (f"--checkpoint={checkpoint}", f"--out={tmp_path / 'out'}", "--num-images=2", "--steps=1", "--cfg-scale=1")
+    assert "classes 0..4" in _command(capsys, *out, "--labels=7")
+    assert "activations" in _command(capsys, *out, "--activations=fp4")
+    assert not (tmp_path / "out").exists()
+
+
+def test_somebody_elses_recipe_is_refused_in_one_line(checkpoint, tmp_path, capsys):
+    for text in ("flour, eggs", "[]", '{"flour": 1}'):
+        (tmp_path / "recipe.json").write_text(text)
+        assert "recipe.json" in _command(capsys, f"--checkpoint={checkpoint}", f"--out={tmp_path}") or text[0] == "{"
+        assert (tmp_path / "recipe.json").read_text() == text and os.listdir(tmp_path) == ["recipe.json"]
+
+
+def test_a_process_that_comes_before_the_recipe_waits_for_it_and_compares(tmp_path, monkeypatch):
+    """Unless it compares, it adds shards of another seed."""
+    monkeypatch.setattr(generation, "_POLL_SECONDS", 0.01)
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    ours = Claim(tmp_path / "recipe.json", {"seed": 1})
+    with pytest.raises(InputError, match="process 0"):
+        generation.claim(ours, patience=0.05)
+    late = threading.Timer(0.2, lambda: Claim(tmp_path / "recipe.json", {"seed": 2}).take())
+    late.start()
+    with pytest.raises(InputError, match=r"seed \(1 here, 2 there\)"):
+        generation.claim(ours, patience=60.0)
+    late.join()
+    generation.claim(Claim(tmp_path / "recipe.json", {"seed": 2}), patience=60.0)
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_dead_process_is_named_with_its_shard(checkpoint, tmp_path, monkeypatch, index):
+    """Each of two processes makes its own shards and then waits for the other's, which never come."""
+    model, params, _ = vq4dit_jax.load_quantized(checkpoint)
+    plan = Plan(num_images=5, batch=1, sampler="ddim", steps=1, cfg_scale=1.0)
+    monkeypatch.setattr(generation, "_POLL_SECONDS", 0.01)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "process_index", lambda: index)
+    with pytest.raises(InputError, match=rf"00000{1 - index}\.npy, of process {1 - index}, has not come"):
+        generation.generate(plan, model, params, jax.random.key(0), tmp_path / "a.npz", lambda x: x, patience=0.3)
+    made = {int(p.stem) for p in (tmp_path / ".a-shards").glob("0*.npy")}
+    assert made == set(range(index, 5, 2))
+
+
+def test_whoever_waits_is_patient_while_anything_comes(tmp_path, monkeypatch):
+    monkeypatch.setattr(generation, "_POLL_SECONDS", 0.01)
+    paths = [tmp_path / f"{i}.npy" for i in range(4)]
+
+    def come():
+        for path in paths:
+            time.sleep(0.3)
+            path.write_bytes(b"")
+
+    other = threading.Thread(target=come)
+    other.start()
+    generation._wait_for(lambda: all(p.exists() for p in paths), paths, tmp_path / "a.npz", patience=0.8)
+    other.join()
+
+
+def test_a_shard_that_was_cut_is_made_again(checkpoint, tmp_path):
+    model, params, _ = vq4dit_jax.load_quantized(checkpoint)
+    plan, key = Plan(num_images=4, batch=2, sampler="ddim", steps=1, cfg_scale=1.0), jax.random.key(0)
+    generation.generate(plan, model, params, key, tmp_path / "whole.npz", lambda x: x)
+    shard = tmp_path / ".a-shards" / "000001.npy"
+    shard.parent.mkdir()
+    whole = npz.read_head(tmp_path / "whole.npz", 4)
+    np.save(shard, whole[2:])
+    shard.write_bytes(shard.read_bytes()[:-7])
+    generation.generate(plan, model, params, key, tmp_path / "a.npz", lambda x: x)
+    np.testing.assert_array_equal(npz.read_head(tmp_path / "a.npz", 9), whole)
+
+
+def _zeros(path, name: str, size: int, **header) -> None:
+    """A deflated member of zeros, a thousandth of its size in the file."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive, archive.open(f"{name}.npy", "w") as member:
+        np.lib.format.write_array_header_1_0(
+            member, {"descr": "|u1", "fortran_order": False, "shape": (size,), **header}
+        )
+        for _ in range(size >> 20):
+            member.write(bytes(1 << 20))
+
+
+def test_members_that_inflate_beyond_reason_are_not_read(tmp_path):
+    _zeros(tmp_path / "bomb.npz", "mu", 1 << 28)
+    _zeros(tmp_path / "row.npz", "arr_0", 1 << 28, shape=(1, 1 << 28))
+    _zeros(tmp_path / "small.npz", "mu", 1 << 20)
+    assert (tmp_path / "bomb.npz").stat().st_size < 1 << 20
+    for read in (lambda: npz.read_arrays(tmp_path / "bomb.npz"), lambda: npz.read_head(tmp_path / "row.npz", 1)):
+        tracemalloc.start()
+        with pytest.raises(InputError, match="bytes of memory"):
+            read()
+        assert tracemalloc.get_traced_memory()[1] < 1 << 24
+        tracemalloc.stop()
+    assert npz.read_arrays(tmp_path / "small.npz")["mu"].shape == (1 << 20,)
+
+
+@pytest.mark.parametrize("shape", [(-1, 3), (2**64, 1), (10**6,), (0, 2**70), (0, 2**62, 2**62)])
+def test_shapes_that_are_not_the_files_are_one_line(tmp_path, shape):
+    _zeros(tmp_path / "a.npz", "arr_0", 0, shape=shape)
+    for read in (lambda: npz.read_arrays(tmp_path / "a.npz"), lambda: npz.read_head(tmp_path / "a.npz", 2)):
+        with pytest.raises(InputError, match=r"a\.npz"):
+            read()
+
+
+def test_arrays_come_back_as_numpy_reads_them(tmp_path):
+    arrays = {"c": np.arange(6.0).reshape(2, 3), "f": np.asfortranarray(np.arange(6).reshape(2, 3)), "s": np.asarray("text"),
+              "n": np.float32(3), "e": np.zeros((0, 4), np.uint8)}  # fmt: skip
+    for save in (np.savez, np.savez_compressed):
+        save(tmp_path / "a.npz", **arrays)
+        found = npz.read_arrays(tmp_path / "a.npz")
+        for name, array in arrays.items():
+            np.testing.assert_array_equal(found[name], array, strict=True)
+        np.testing.assert_array_equal(npz.read_head(tmp_path / "a.npz", 1, "c"), arrays["c"][:1])
+        assert npz.read_head(tmp_path / "a.npz", 5, "e").shape == (0, 4)
 
 
 @hypothesis.given(st.integers(1, 10_000), st.integers(1, 300))

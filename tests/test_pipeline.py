@@ -19,6 +19,8 @@ from safetensors.numpy import load_file, save_file
 import vq4dit_jax
 from vq4dit_jax import main as command
 from vq4dit_jax.files import asset
+from vq4dit_jax.run import pipeline
+from vq4dit_jax.run.workdir import Workdir
 
 CONFIG = "--config=configs/cifar10_w2.py"
 SMALL = (
@@ -117,6 +119,50 @@ def test_a_finished_run_says_so_and_leaves_the_files_alone(finished):
     done = _run(CONFIG, f"--workdir={finished}", *SMALL)
     assert done.returncode == 0 and "finished" in done.stdout
     assert before == {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.is_file() and p.name != ".lock"}
+
+
+def test_the_sample_command_reproduces_a_runs_images_by_its_seed(finished, tmp_path):
+    """A run's recipe (seed, sampler, steps, guidance, batch) makes the run's very images from the model that it left."""
+    recipe = _metrics(finished)["recipe"]
+    flags = [
+        f"--{name.replace('_', '-')}={recipe[name]}" for name in ("sampler", "steps", "cfg_scale", "seed", "batch")
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "vq4dit_jax.sample", f"--checkpoint={finished}", f"--out={tmp_path}", "--num-images=6", *flags],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    ours, theirs = (np.load(f)["arr_0"] for f in (tmp_path / "samples.npz", finished / "samples" / "vq4dit.npz"))
+    np.testing.assert_array_equal(ours, theirs)
+
+
+def test_an_interrupted_run_says_what_has_changed_of_its_teacher(tmp_path, capsys):
+    """The same file elsewhere is the same teacher; another file at the same path is not, once k-means was of the first."""
+    _checkpoint(tmp_path / "a.safetensors")
+    arguments = [
+        CONFIG,
+        f"--workdir={tmp_path / 'w'}",
+        *SMALL,
+        f"--config.model.checkpoint={tmp_path / 'a.safetensors'}",
+    ]
+    run = pipeline.Pipeline(command.parse(arguments)[0], Workdir(tmp_path / "w"), "")
+    with run.dir.claim(run.resolved, lambda: run.digests):
+        run.load()
+        run.quantize()
+
+    def other(tensors):
+        tensors["blocks.0.mlp.fc1.bias"] += 1
+
+    _checkpoint(tmp_path / "a.safetensors", other)
+    capsys.readouterr()
+    assert command.main(arguments) == 2
+    err = capsys.readouterr().err
+    assert "model.checkpoint (sha256" in err and "stage quantize is done" in err and err.count("\n") == 1
+    _checkpoint(tmp_path / "b.safetensors")
+    moved = pipeline.Pipeline(command.parse([*arguments[:-1], f"--config.model.checkpoint={tmp_path / 'b.safetensors'}"])[0],
+                              Workdir(tmp_path / "w"), "")  # fmt: skip
+    with moved.dir.claim(moved.resolved, lambda: moved.digests):
+        assert "quantize" in moved.dir.done()
 
 
 def _figures(workdir) -> dict:

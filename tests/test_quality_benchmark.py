@@ -24,7 +24,7 @@ from benchmarks.quality import chart, figures, rows, stages, table, worth
 from convert.facebook import FACEBOOK
 from convert.layout import CONV, LINEAR, POSITIONS
 from vq4dit_jax import evaluation, methods
-from vq4dit_jax.run import generation, pipeline
+from vq4dit_jax.run import generation, pipeline, seeds
 from vq4dit_jax.storage import checkpoint
 
 pytestmark = [pytest.mark.once, needs_tfgan]
@@ -36,7 +36,7 @@ from vq4dit_jax.config import cifar10
 def get_config():
     c = cifar10()
     c.model.checkpoint = {checkpoint!r}
-    c.methods.update(steps=3, batch=2)
+    c.calibration.update(steps=3, batch=2)
     c.sample.update(num_images=8, batch=2, steps=2)
     c.evaluation.update(classifier="linear", reference={reference!r})
     short = {{"quantize.kmeans_iterations": 2, "calibration.trajectory_steps": 2, "calibration.save_every": 1}}
@@ -116,7 +116,7 @@ def _images(workdir, row, seed) -> np.ndarray:
 def test_the_seeds_of_a_row_share_one_stream_of_images(config, finished, tmp_path):
     base = rows.load_table(str(config)).base
     model, params = pipeline.load_teacher(base.model, jax.random.key(0))
-    key = jax.random.fold_in(jax.random.key(base.seed), pipeline.SAMPLES)
+    key = jax.random.fold_in(jax.random.key(base.seed), seeds.SAMPLES)
     plan = generation.Plan(8, 2, "balanced", "ddpm", 2, 1.5)
     generation.generate(plan, model, params, key, tmp_path / "all.npz", lambda x: x)
     whole = np.load(tmp_path / "all.npz")["arr_0"]

@@ -68,10 +68,11 @@ def main(arguments: list[str]) -> int:
 
 
 def _main(flags: argparse.Namespace) -> None:
-    samples, reference_path = pathlib.Path(flags.samples), pathlib.Path(sources.locate(flags.reference))
+    samples, reference_path = pathlib.Path(flags.samples).expanduser(), pathlib.Path(sources.locate(flags.reference))
     if flags.batch is not None and flags.batch < 1:
         raise InputError(f"--batch={flags.batch}: wanted at least 1")
-    _check_output(flags.out, (samples, reference_path))
+    out = None if flags.out is None else pathlib.Path(flags.out).expanduser()
+    _check_output(out, (samples, reference_path))
     images = open_images(samples, flags.num_images)
     if not reference_path.exists():
         raise InputError(f"--reference={flags.reference}: no such file or folder")
@@ -115,8 +116,8 @@ def _main(flags: argparse.Namespace) -> None:
         "versions": provenance.versions(),
     }
     result = {"format": 1, **figures, "reasons": reasons, "num_images": len(images), "recipe": recipe}
-    if flags.out:
-        files.write_json(flags.out, result)
+    if out is not None:
+        files.write_json(out, result)
     print(json.dumps(result, indent=1, allow_nan=False))
 
 
@@ -133,12 +134,11 @@ def name_figures(measured: Measurement, classifier: Classifier) -> tuple[dict[st
     return figures, reasons
 
 
-def _check_output(out: str | None, inputs: tuple[pathlib.Path, ...]) -> None:
+def _check_output(out: pathlib.Path | None, inputs: tuple[pathlib.Path, ...]) -> None:
     if out is None:
         return
-    if pathlib.Path(out).is_dir():
-        raise InputError(f"--out={out} is a folder; name the file to write")
-    if any(path.exists() and pathlib.Path(out).exists() and path.samefile(out) for path in inputs):
+    files.check_target(out, "file")
+    if any(path.exists() and out.exists() and path.samefile(out) for path in inputs):
         raise InputError(f"--out={out} is a file to read; name another to write")
 
 

@@ -3,24 +3,22 @@
 Quantizes a Diffusion Transformer to a few bits a weight by VQ4DiT, saves it packed, samples it beside the original
 and reports sizes and quality in DIR. Run again, it goes on where it stopped.
 
-  --config=FILE               what to run: a file, or the name of one that ships (configs/cifar10_w2.py, ...)
+  --config=FILE               what to run: a file, the name of one that ships (configs/cifar10_w2.py, ...), or a run's config.json
   --workdir=DIR               where everything goes; a new folder, or that of a run to continue
   --config.section.key=value  changes one value, for example --config.calibration.steps=100
   --help                      this text, and with --config=FILE its notes and all its keys
 """
 
-import runpy
 import shlex
 import sys
 
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from vq4dit_jax import files
 from vq4dit_jax.command_line import exit_code
 from vq4dit_jax.errors import InputError
 from vq4dit_jax.run import config as configs
-from vq4dit_jax.run import pipeline
+from vq4dit_jax.run import pipeline, programs
 
 
 def parse(arguments: list[str]) -> tuple[ConfigDict, str]:
@@ -28,7 +26,7 @@ def parse(arguments: list[str]) -> tuple[ConfigDict, str]:
     file, rest = _config_argument(arguments)
     if file is None:
         raise InputError("--config=FILE is missing, for example --config=configs/cifar10_w2.py; --help says more")
-    config = _load(file)["get_config"]()
+    config = programs.load(file)["get_config"]()
     values = flags.FlagValues()
     flags.DEFINE_string("workdir", None, "where everything goes", flag_values=values)
     command_line = ["vq4dit", *rest]
@@ -57,20 +55,12 @@ def _config_argument(arguments: list[str]) -> tuple[str | None, list[str]]:
     return file, rest
 
 
-def _load(file: str) -> dict:
-    """The names that a config file defines. A config is a program, as everywhere in this field: run only your own."""
-    module = runpy.run_path(str(files.config_file(file)))
-    if not callable(module.get("get_config")):
-        raise InputError(f"--config={file} defines no get_config()")
-    return module
-
-
 def help_text(arguments: list[str]) -> str:
     """The text above, and the notes and keys of the config that is named."""
     file, _ = _config_argument(arguments)
     if file is None:
         return __doc__
-    module = _load(file)
+    module = programs.load(file)
     return f"{__doc__}\n{module.get('__doc__') or ''}\nKeys and their values:\n{module['get_config']()}"
 
 

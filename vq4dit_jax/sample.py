@@ -5,21 +5,21 @@ Only to be run: in Python `vq4dit_jax.sample` is the function of `vq4dit_jax.sam
 """
 
 import argparse
-import contextlib
-import fcntl
 import pathlib
 import sys
 
 import jax
 from absl import logging
 
-from vq4dit_jax import reporting
+from vq4dit_jax import files, reporting
 from vq4dit_jax.command_line import Parser, exit_code
 from vq4dit_jax.errors import InputError
+from vq4dit_jax.evaluation import npz
 from vq4dit_jax.networks import inference
-from vq4dit_jax.run import generation, sources
+from vq4dit_jax.run import generation, seeds, sources
 from vq4dit_jax.run.generation import Plan
 from vq4dit_jax.storage import provenance
+from vq4dit_jax.storage.identity import Claim
 
 _DESCRIPTION = """\
 Samples images and writes them as ADM's evaluation files are: DIR/samples.npz with arr_0, uint8 (N, H, W, 3), beside it
@@ -59,7 +59,9 @@ def parser() -> Parser:
         default=1.5,
         help="guidance; 1 for none, which is twice as fast (default: %(default)s)",
     )
-    add("--seed", type=int, default=0, help="default: %(default)s")
+    add(
+        "--seed", type=int, default=0, help="of noise and random labels, as config.seed of a run (default: %(default)s)"
+    )
     add("--batch", type=int, default=50, help="images that a device makes at once (default: %(default)s)")
     add("--vae", default="official:sd-vae-ft-ema", metavar="PATH", help="decoder of latents: a diffusers folder or file, "
         "official:NAME, or none for a colour preview; not used by models of pixels (default: %(default)s)")  # fmt: skip
@@ -76,6 +78,13 @@ def parser() -> Parser:
     add("--coordinator", metavar="HOST:PORT", help="of a --distributed job that has no cluster to ask")
     add("--processes", type=int, metavar="P", help="how many there are")
     add("--process", type=int, metavar="I", help="which this is, from 0")
+    add(
+        "--patience",
+        type=float,
+        default=generation.PATIENCE / 60,
+        metavar="MINUTES",
+        help="how long without anything new other processes are waited for (default: %(default)g)",
+    )
     return out
 
 
@@ -87,16 +96,23 @@ def main(arguments: list[str]) -> int:
 
 def _main(flags: argparse.Namespace) -> None:
     plan = Plan(flags.num_images, flags.batch, flags.labels, flags.sampler, flags.steps, flags.cfg_scale)
+    seeds.check_seed("--seed", flags.seed)
     if flags.grid_images < 1:
         raise InputError(f"--grid-images={flags.grid_images}: wanted at least 1")
+    if not flags.patience > 0:
+        raise InputError(f"--patience={flags.patience}: wanted more than 0 minutes")
     if flags.distributed or flags.coordinator:
         jax.distributed.initialize(flags.coordinator, flags.processes, flags.process)
-    folder = pathlib.Path(flags.out)
+    key = seeds.stream(flags.seed, seeds.SAMPLES)
+    folder = pathlib.Path(flags.out).expanduser()
     target = folder / "samples.npz"
+    for file in (target, folder / "grid.png", folder / "recipe.json"):
+        files.check_target(file, "file")
     model, params = sources.open_model(flags.checkpoint, flags.variant, flags.num_heads)
     decode, decoder = sources.open_decoder(flags.vae if flags.vae != "none" else "", model.in_channels)
+    generation.class_labels(plan.labels, key, plan.indices(0), model.num_classes)
     recipe = {
-        "format": 1,
+        "format": 2,  # in 1 a seed was another key
         "num_images": plan.num_images,
         "sampler": plan.sampler,
         "steps": plan.steps,
@@ -110,31 +126,27 @@ def _main(flags: argparse.Namespace) -> None:
         "rounding": "uint8, 127.5 x + 128, clipped, cut off",
     }
     about = {"checkpoint": flags.checkpoint, "devices": provenance.devices(), "versions": provenance.versions()}
-    with _one_at_a_time(folder):
-        generation.claim(folder / "recipe.json", {**recipe, **about}, tuple(recipe))
+    made_from = Claim(folder / "recipe.json", recipe, about=about)
+    # A refusal must not keep the folder: everything is checked before it is claimed.
+    made_from.check()
+    if not target.exists():
+        params = inference.for_sampling(model, params, flags.activations, plan.cfg_scale)
+    folder.mkdir(parents=True, exist_ok=True)
+    # A lock for each process of a job, so that no two commands write the same shards.
+    with files.exclusive(
+        folder / f".lock{jax.process_index() or ''}", f"--out={folder} is in use by another run; wait for it"
+    ):
+        patience = 60 * flags.patience
+        generation.claim(made_from, patience)
         if target.exists():
             print(f"{target} is finished; another --out makes new samples.")
             return
-        key = jax.random.key(flags.seed)
-        params = inference.for_sampling(model, params, flags.activations, plan.cfg_scale)
-        generation.generate(plan, model, params, key, target, decode)
+        generation.generate(plan, model, params, key, target, decode, patience=patience)
         if jax.process_index() == 0:
-            images = generation.read_head(target, flags.grid_images)
+            images = npz.read_head(target, flags.grid_images)
             reporting.write_grid(folder / "grid.png", images, columns=min(8, len(images)))
             size = f"{images.shape[2]}x{images.shape[1]}"
             print(f"{target}: {plan.num_images} images of {size} pixels; recipe.json and grid.png beside it")
-
-
-@contextlib.contextmanager
-def _one_at_a_time(folder: pathlib.Path):
-    """A lock for each process of a job, so that no two commands write the same shards."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / f".lock{jax.process_index() or ''}", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"--out={folder} is in use by another run; wait for it") from None
-        yield
 
 
 if __name__ == "__main__":

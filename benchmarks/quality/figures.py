@@ -13,10 +13,12 @@ from benchmarks.quality import stages
 from benchmarks.quality.rows import Case, Row, Table, cases
 from vq4dit_jax import evaluation, files
 from vq4dit_jax.errors import InputError
+from vq4dit_jax.evaluation import npz
 from vq4dit_jax.evaluation.images import checksum
 from vq4dit_jax.evaluation.tfgan import IS_SPLIT
 from vq4dit_jax.run import config as configs
-from vq4dit_jax.run import generation, sources
+from vq4dit_jax.run import sources
+from vq4dit_jax.storage import identity
 
 POOLED = ("fd", "sfd", "is", "precision", "recall")
 """Of all seeds' samples."""
@@ -75,7 +77,7 @@ class Evaluator:
         found, reasons = evaluation.evaluate_with_reasons(images, judge.classifier, judge.reference)
         if originals:
             there = evaluation.open_images(originals)
-            head = generation.read_head(images, len(there))
+            head = npz.read_head(images, len(there))
             found["psnr_to_fp_db"] = evaluation.evaluate(head, None, None, originals)["psnr_to_fp_db"]
             del reasons["psnr_to_fp_db"]
         if found["num_images"] > IS_SPLIT and found["num_images"] % IS_SPLIT:
@@ -111,8 +113,8 @@ def collect(table: Table, seeds: int, workdir: pathlib.Path) -> dict[str, Any]:
 
 def _lacks(case: Case) -> str | None:
     for folder, definition in ((case.model, case.made_from), (case.samples, case.sampled_from)):
-        if differing := stages.changed(folder, definition):
-            return f"{folder} was made from something else: {differing[0]}"
+        if differing := stages.claim(folder, definition).differing():
+            return f"{folder} was made from something else: {identity.spell(differing[:1])}"
     return next((f"{stage} is not done" for stage in stages.STAGES if not stages.is_done(case, stage)), None)
 
 
@@ -173,7 +175,7 @@ def _join(every: list[Case]) -> pathlib.Path:
     opened = [evaluation.open_images(part) for part in parts]
     shape = (sum(map(len, opened)), *opened[0].shape[1:])
     batches = (batch for images in opened for batch in images.batches(_READ_AT_ONCE))
-    generation.write_npz(target, shape, np.uint8, batches)
+    npz.write_npz(target, shape, np.uint8, batches)
     return target
 
 

@@ -13,7 +13,8 @@ from vq4dit_jax.networks.rules import dit_rules
 from vq4dit_jax.qarray.rules import plan
 from vq4dit_jax.qarray.tree import Sizes, sizes
 from vq4dit_jax.run import config as configs
-from vq4dit_jax.run.pipeline import TRAJECTORIES, Pipeline
+from vq4dit_jax.run.pipeline import Pipeline
+from vq4dit_jax.run.seeds import TRAJECTORIES
 from vq4dit_jax.storage import checkpoint
 
 

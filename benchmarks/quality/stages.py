@@ -3,8 +3,6 @@
 import contextlib
 import dataclasses
 import datetime
-import fcntl
-import json
 import pathlib
 import re
 from collections.abc import Iterator
@@ -19,14 +17,16 @@ from benchmarks.quality.methods import METHODS
 from benchmarks.quality.rows import Case
 from vq4dit_jax import files
 from vq4dit_jax.errors import InputError
+from vq4dit_jax.evaluation import npz
 from vq4dit_jax.methods.agreement import held_out_agreement
 from vq4dit_jax.qarray.tree import Sizes, dequantize
 from vq4dit_jax.reporting.markup import figure
-from vq4dit_jax.run import config as configs
 from vq4dit_jax.run import generation, sources
-from vq4dit_jax.run.pipeline import HELD_OUT, SAMPLES, Pipeline
+from vq4dit_jax.run.pipeline import Pipeline
+from vq4dit_jax.run.seeds import HELD_OUT, SAMPLES
 from vq4dit_jax.run.workdir import Workdir
 from vq4dit_jax.storage import checkpoint, provenance
+from vq4dit_jax.storage.identity import Claim
 
 COMPARED = 340
 """Images of each seed that are compared with full precision's, which are kept for that: `first.npz`, 1 MB of CIFAR's size."""
@@ -45,11 +45,11 @@ class Share(generation.Plan):
 def quantize(case: Case) -> None:
     """Writes `packed/` (orbax) and then `figures.json`, which says that the model is done."""
     with _lock(case):
-        claim(case.model, case.made_from)
+        claim(case.model, case.made_from).take()
         if is_done(case, "quantize"):
             return
         run = Pipeline(case.config, Workdir(case.model / "run"), "python -m benchmarks.quality")
-        with run.dir.claim(run.resolved):
+        with run.dir.claim(run.resolved, lambda: {}):
             model, teacher = run.teacher
             made = METHODS[case.row.method].make(run, case.row.bits, case.row.group)
         peak = peak_bytes()
@@ -71,16 +71,16 @@ def quantize(case: Case) -> None:
 def sample(case: Case) -> None:
     """Writes the case's images, from dense float32 weights: on a CPU as fast as packed ones, and what all methods have."""
     with _lock(case):
-        check(case.samples, case.sampled_from)
+        claim(case.samples, case.sampled_from).check()
         if is_done(case, "sample"):
             return
         if not is_done(case, "quantize"):
             raise InputError(f"{case.model}: there is no finished model to sample; add quantize to --stages")
-        claim(case.samples, case.sampled_from)
+        claim(case.samples, case.sampled_from).take()
         if not case.images.exists():
             _generate(case)
         if case.row.method == "fp":
-            first = generation.read_head(case.images, COMPARED)
+            first = npz.read_head(case.images, COMPARED)
             with files.atomic_path(case.first_images) as partial, open(partial, "wb") as file:
                 np.savez_compressed(file, first)
 
@@ -128,35 +128,16 @@ def size_figures(sizes: Sizes) -> dict[str, float | int]:
     }
 
 
-def claim(folder: pathlib.Path, definition: dict[str, Any]) -> None:
-    """Writes beside a result what it is made from, or refuses where it was made from something else."""
-    check(folder, definition)
-    file = folder / "definition.json"
-    if not file.exists():
-        made = {
-            "definition": definition,
-            "commit": record.commit(),
-            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "devices": record.devices(),
-            "versions": provenance.versions(),
-        }
-        files.write_json(file, made)
-
-
-def check(folder: pathlib.Path, definition: dict[str, Any]) -> None:
-    """InputError where `folder` holds what was made from another definition."""
-    if differing := changed(folder, definition):
-        shown = ", ".join(differing[:3]) + (", ..." if len(differing) > 3 else "")
-        raise InputError(f"{folder} was made from something else: {shown}; remove that folder to make it anew")
-
-
-def changed(folder: pathlib.Path, definition: dict[str, Any]) -> list[str]:
-    """Where the definition in `folder` differs from this one."""
-    file = folder / "definition.json"
-    if not file.exists():
-        return []
-    theirs = json.loads(file.read_text(encoding="utf-8"))["definition"]
-    return configs.differences(json.loads(json.dumps(definition)), theirs)
+def claim(folder: pathlib.Path, definition: dict[str, Any]) -> Claim:
+    """What a result in `folder` is made from."""
+    about = {
+        "commit": record.commit(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "devices": record.devices(),
+        "versions": provenance.versions(),
+    }
+    remedy = "remove that folder to make it anew"
+    return Claim(folder / "definition.json", definition, remedy, about, "definition")
 
 
 @contextlib.contextmanager
@@ -164,8 +145,7 @@ def _lock(case: Case) -> Iterator[None]:
     """Waits until no other process is at this case."""
     folder = case.model.parent
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with files.exclusive(folder / ".lock"):
         yield
 
 

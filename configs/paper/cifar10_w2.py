@@ -11,5 +11,5 @@ from vq4dit_jax.run.config import cifar10
 
 def get_config() -> ConfigDict:
     c = cifar10()
-    c.methods.update(PAPER)
+    c.calibration.update(PAPER)
     return c.lock()

@@ -1,6 +1,8 @@
 """The configuration of a run: every key with its default, and what the keys mean together."""
 
+import math
 import pathlib
+import re
 from typing import Any
 
 import ml_collections
@@ -13,6 +15,7 @@ from vq4dit_jax.methods.vq4dit import FINE, LAYERWISE
 from vq4dit_jax.networks.rules import dit_rules
 from vq4dit_jax.qarray.rules import BITS, Rule
 from vq4dit_jax.qarray.spec import spec_from_json
+from vq4dit_jax.run import seeds
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -103,7 +106,7 @@ def xl2(image_size: int, bits: float) -> ml_collections.ConfigDict:
     c.calibration.remat = True
     c.calibration.budget = 1.005
     if bits >= 3:
-        c.methods.update(FINE)
+        c.calibration.update(FINE)
     c.calibration.allocation = "roles"  # blocks stay one stack: one scan, one launch for all of adaLN
     c.sample.num_images = 10_000
     c.sample.batch = 50
@@ -124,14 +127,35 @@ def rules(config: ml_collections.ConfigDict) -> tuple[Rule, ...]:
     bits = config.quantize.bits
     if not config.quantize.rules:
         return dit_rules(int(bits) if bits == int(bits) else bits)
-    return tuple((pattern, spec_from_json(spec)) for pattern, spec in config.quantize.rules)
+    return tuple(_rule(rule) for rule in config.quantize.rules)
+
+
+def _rule(rule: Any) -> Rule:
+    try:
+        pattern, spec = rule
+        re.compile(pattern)
+        return pattern, spec_from_json(spec)
+    except (TypeError, ValueError, re.error) as error:
+        raise InputError(
+            f"--config.quantize.rules: {rule!r} is no rule: {error}; wanted (path regex, (K, d, groups)), or () to keep"
+        ) from None
 
 
 def validate(config: ml_collections.ConfigDict) -> None:
     """Everything that can be told before work begins; InputError names the key."""
+    seeds.check_seed("--config.seed", config.seed)
     _one_of("quantize.bits", config.quantize.bits, tuple(map(float, BITS)))
     passes(config)
     rules(config)
+    try:
+        re.compile(config.calibration.tuned)
+    except re.error as error:
+        raise InputError(
+            f"--config.calibration.tuned={config.calibration.tuned}: no regular expression: {error}"
+        ) from None
+    for section in ("calibration", "sample"):
+        if not math.isfinite(config[section].cfg_scale):
+            raise InputError(f"--config.{section}.cfg_scale={config[section].cfg_scale}: wanted a finite number")
     _one_of("sample.sampler", config.sample.sampler, SAMPLERS)
     _one_of("sample.activations", config.sample.activations, ("float32", "bfloat16", "int8", "e4m3"))
     _one_of("quantize.codebook_dtype", config.quantize.codebook_dtype, DTYPES)
@@ -162,6 +186,32 @@ def validate(config: ml_collections.ConfigDict) -> None:
         raise InputError("--config.model.checkpoint is empty: give a .pt, .safetensors or diffusers folder")
 
 
+def from_json(values: dict[str, Any], where: str) -> ml_collections.ConfigDict:
+    """The config that `as_json` made the values of; keys that are missing have their defaults. InputError for others."""
+    config = default()
+
+    def fill(section: ml_collections.ConfigDict, given: dict[str, Any], prefix: str) -> None:
+        for key, value in given.items():
+            if key not in section:
+                raise InputError(
+                    f"{where}: {prefix}{key} is no key of a config; a newer vq4dit-jax may have written it"
+                )
+            if isinstance(section[key], ml_collections.ConfigDict) and isinstance(value, dict):
+                fill(section[key], value, f"{prefix}{key}.")
+                continue
+            try:
+                section[key] = _tuples(value)
+            except (TypeError, ValueError) as error:
+                raise InputError(f"{where}: {prefix}{key}={value!r}: {error}") from None
+
+    fill(config, values, "")
+    return config
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
 def _one_of(key: str, value: Any, allowed: tuple[Any, ...]) -> None:
     if value not in allowed:
         raise InputError(f"--config.{key}={value}: wanted one of {', '.join(map(str, allowed))}")
@@ -176,15 +226,3 @@ def as_json(config: ml_collections.ConfigDict) -> dict[str, Any]:
         return [plain(v) for v in value] if isinstance(value, tuple | list) else value
 
     return plain(config.to_dict())
-
-
-def differences(ours: dict[str, Any], theirs: dict[str, Any], prefix: str = "") -> list[str]:
-    """Keys whose values differ, as `section.key (here, there)`."""
-    out = []
-    for key in sorted(set(ours) | set(theirs)):
-        a, b = ours.get(key), theirs.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            out += differences(a, b, f"{prefix}{key}.")
-        elif a != b:
-            out.append(f"{prefix}{key} ({a} here, {b} there)")
-    return out

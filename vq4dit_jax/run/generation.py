@@ -6,13 +6,13 @@ run was killed. Processes share a folder and nothing else: each makes the missin
 process joins them into ADM's `.npz`.
 """
 
+import contextlib
 import dataclasses
-import json
+import math
 import os
 import pathlib
 import time
-import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -23,13 +23,17 @@ from vq4dit_jax import files
 from vq4dit_jax.diffusion.samplers import SAMPLERS
 from vq4dit_jax.diffusion.sampling import replicated, to_uint8
 from vq4dit_jax.errors import InputError
+from vq4dit_jax.evaluation.npz import write_npz
 from vq4dit_jax.networks.network import as_network
 from vq4dit_jax.networks.sampling import sample
 from vq4dit_jax.progress import progress
+from vq4dit_jax.storage.identity import Claim
 
 Decoder = Callable[[Float[np.ndarray, "B H W C"]], Float[np.ndarray, "B H2 W2 3"]]
 """Model space to images in [-1, 1]."""
 _POLL_SECONDS = 0.5
+PATIENCE = 30 * 60.0
+"""Seconds without a new file after which another process is taken for dead."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +62,8 @@ class Plan:
             raise InputError(f"sampler={self.sampler}: wanted one of {', '.join(SAMPLERS)}")
         if not 1 <= self.steps <= 1000:
             raise InputError(f"steps={self.steps}: wanted 1 to 1000")
+        if not math.isfinite(self.cfg_scale):
+            raise InputError(f"cfg_scale={self.cfg_scale}: wanted a finite number")
         # A device is not made to fill up a batch that has fewer images than all.
         object.__setattr__(self, "batch", min(self.batch, self.num_images))
 
@@ -78,18 +84,25 @@ def generate(
     target: str | os.PathLike,
     decode: Decoder,
     description: str = "sample",
+    patience: float = PATIENCE,
 ) -> None:
     """Writes `target`, an `.npz` with `arr_0` uint8 (num_images, H, W, 3), from shards in a folder beside it.
 
     Shards that are there already are kept: the caller sees to it that they belong to the same plan, model and key. All
     processes of a `jax.distributed` job call this with a `target` on a file system that they share; it returns in
     each when the file is complete.
+
+    Raises:
+      InputError: labels that the model does not have, samples that are not finite, or a process of the job that has not
+        made a shard that is its own while nothing new has come for `patience` seconds.
     """
     target = pathlib.Path(target)
+    if target.exists():
+        return
     shards = target.with_name(f".{target.stem}-shards")
     shards.mkdir(parents=True, exist_ok=True)
     as_network(model).conditioning.choose(plan.labels, key, plan.indices(0))  # refuses bad labels before the work
-    missing = [shard for shard in range(plan.num_shards) if not _path(shards, shard).exists()]
+    missing = [shard for shard in range(plan.num_shards) if not _is_whole(plan, shards, shard)]
     # By number, not by place in the list: the other processes' lists were made at other moments.
     mine = [shard for shard in missing if shard % jax.process_count() == jax.process_index()]
     params = jax.device_put(params, replicated())
@@ -102,19 +115,37 @@ def generate(
                 with files.atomic_path(_path(shards, shard)) as partial, open(partial, "wb") as file:
                     np.save(file, images)
             bar.update(_images(plan, set(group)) * jax.process_count())
+    paths = [_path(shards, shard) for shard in range(plan.num_shards)]
     if jax.process_index() == 0:
-        paths = [_path(shards, shard) for shard in range(plan.num_shards)]
-        _wait_for(lambda: all(path.exists() for path in paths))
-        first = np.load(paths[0], mmap_mode="r")
-        parts = (np.load(path) for path in paths)
+        _wait_for(lambda: all(path.exists() for path in paths), paths, target, patience)
+        first = _load(paths[0])
+        parts = (_load(path) for path in paths)
         write_npz(target, (plan.num_images, *first.shape[1:]), np.uint8, parts)
         files.remove(shards)
     else:
-        _wait_for(target.exists)
+        _wait_for(target.exists, paths, target, patience)
 
 
 def _path(folder: pathlib.Path, shard: int) -> pathlib.Path:
     return folder / f"{shard:06d}.npy"
+
+
+def _load(path: pathlib.Path) -> UInt8[np.ndarray, "B H W 3"]:
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError, SyntaxError) as error:
+        raise InputError(f"{path} is no readable array ({error}); remove it and run the same command again") from None
+
+
+def _is_whole(plan: Plan, folder: pathlib.Path, shard: int) -> bool:
+    """Whether a shard is there with all its images; one that a crash of the machine has cut is made again."""
+    if not _path(folder, shard).is_file():
+        return False
+    try:
+        images = _load(_path(folder, shard))
+    except InputError:
+        return False
+    return images.dtype == np.uint8 and images.ndim == 4 and len(images) == _images(plan, {shard})
 
 
 def _images(plan: Plan, shards: set[int]) -> int:
@@ -151,57 +182,49 @@ def _make(
         yield shard, to_uint8(decode(rows))[: _images(plan, {shard})]
 
 
-def _wait_for(condition: Callable[[], bool]) -> None:
-    """Other processes are waited for by their files: no collective that could time out in hours of sampling."""
+def _wait_for(condition: Callable[[], bool], paths: list[pathlib.Path], target: pathlib.Path, patience: float) -> None:
+    """Other processes are waited for by their files: no collective that could time out in hours of sampling.
+
+    InputError where none of the shards at `paths`, and no other file there, has come or grown for `patience` seconds: a
+    process is dead then.
+    """
+    since, before = time.monotonic(), None
     while not condition():
+        now = _sizes((paths[0].parent, target.parent))
+        if now != before:
+            since, before = time.monotonic(), now
+        elif time.monotonic() - since > patience:
+            first = next((i for i, path in enumerate(paths) if not path.exists()), None)
+            missing, process = (target, 0) if first is None else (paths[first], first % jax.process_count())
+            raise InputError(
+                f"{missing}, of process {process}, has not come, nor has anything else for {patience / 60:g} minutes; see why "
+                "that process ended, and start the same command again in all of them"
+            )
         time.sleep(_POLL_SECONDS)
 
 
-def write_npz(target: str | os.PathLike, shape: tuple[int, ...], dtype: Any, parts: Iterable[np.ndarray]) -> None:
-    """Writes `arr_0` of this shape from its parts along the first axis, one at a time, as `np.savez` would in one go.
-
-    The same array gives the same bytes however it was cut. A file of 10 GB takes the memory of a part.
-    """
-    header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
-    with files.atomic_path(target) as partial:
-        files.reserve(partial, int(np.prod(shape)) * np.dtype(dtype).itemsize)
-        entry = zipfile.ZipInfo("arr_0.npy", date_time=(1980, 1, 1, 0, 0, 0))
-        entry.external_attr = 0o644 << 16
-        with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
-            with archive.open(entry, "w", force_zip64=True) as member:
-                np.lib.format.write_array_header_1_0(member, header)
-                written = 0
-                for part in parts:
-                    if part.shape[1:] != shape[1:] or part.dtype != dtype:
-                        raise InputError(
-                            f"{target}: a part is {part.dtype}{part.shape}; wanted {np.dtype(dtype)}(..., {shape[1:]})"
-                        )
-                    member.write(part.tobytes())
-                    written += len(part)
-        if written != shape[0]:
-            raise InputError(f"{target}: its parts hold {written} images; wanted {shape[0]}")
+def _sizes(folders: tuple[pathlib.Path, ...]) -> dict[str, int]:
+    """The files in some folders with their sizes; a file may go while they are counted."""
+    out = {}
+    for where in folders:
+        with contextlib.suppress(FileNotFoundError), os.scandir(where) as entries:
+            for entry in entries:
+                with contextlib.suppress(FileNotFoundError):
+                    out[entry.name] = entry.stat().st_size
+    return out
 
 
-def read_head(file: str | os.PathLike, count: int) -> UInt8[np.ndarray, "N H W 3"]:
-    """The first `count` images of an uncompressed or compressed `.npz`, without reading the rest."""
-    with zipfile.ZipFile(file) as archive, archive.open("arr_0.npy") as member:
-        np.lib.format.read_magic(member)
-        shape, _, dtype = np.lib.format.read_array_header_1_0(member)
-        shape = (min(count, shape[0]), *shape[1:])
-        data = member.read(int(np.prod(shape)) * dtype.itemsize)
-    return np.frombuffer(data, dtype).reshape(shape)
-
-
-def claim(file: pathlib.Path, recipe: dict[str, Any], same: tuple[str, ...]) -> None:
-    """Writes `recipe` to `file`, or refuses where one is there that differs in the keys `same`."""
-    if file.exists():
-        theirs = json.loads(file.read_text(encoding="utf-8"))
-        differing = [
-            f"{key} ({recipe[key]} here, {theirs.get(key)} there)" for key in same if recipe[key] != theirs.get(key)
-        ]
-        if differing:
+def claim(made_from: Claim, patience: float = PATIENCE) -> None:
+    """Takes a folder for a job: the first process writes what the samples are made from, the others wait for it and compare."""
+    deadline = time.monotonic() + patience
+    if jax.process_index() == 0:
+        made_from.take()
+        return
+    while not made_from.file.exists():
+        if time.monotonic() > deadline:
             raise InputError(
-                f"{file.parent} holds samples of another recipe: {', '.join(differing)}; choose another folder"
+                f"{made_from.file} has not been written by process 0 for {patience / 60:g} minutes; see why it does not run, "
+                "and whether all processes share the folder"
             )
-    elif jax.process_index() == 0:
-        files.write_json(file, recipe)
+        time.sleep(_POLL_SECONDS)
+    made_from.check()

@@ -5,7 +5,6 @@ on with the first stage that is not, and ends with the same figures.
 """
 
 import functools
-import json
 import os
 import pathlib
 import shutil
@@ -19,6 +18,7 @@ from absl import logging
 
 from vq4dit_jax import __version__, evaluation, files, methods, reporting
 from vq4dit_jax.errors import InputError
+from vq4dit_jax.evaluation import npz
 from vq4dit_jax.methods.agreement import held_out_agreement
 from vq4dit_jax.methods.kmeans import quantize
 from vq4dit_jax.networks import inference
@@ -28,15 +28,13 @@ from vq4dit_jax.qarray.cast import cast_kept
 from vq4dit_jax.qarray.rules import plan
 from vq4dit_jax.qarray.tree import random_params, sizes
 from vq4dit_jax.reporting.layers import layer_table
+from vq4dit_jax.run import checks, generation, seeds, sources, summary
 from vq4dit_jax.run import config as configs
-from vq4dit_jax.run import generation, sources, summary
 from vq4dit_jax.run.generation import Decoder, Plan
+from vq4dit_jax.run.seeds import HELD_OUT, INIT, KMEANS, SAMPLES, TRAJECTORIES
 from vq4dit_jax.run.summary import METHODS, MODELS
 from vq4dit_jax.run.workdir import Workdir
 from vq4dit_jax.storage import checkpoint
-
-KMEANS, TRAJECTORIES, SAMPLES, HELD_OUT, INIT = range(5)
-"""Streams of the run's seed."""
 
 
 def run(config: Any, workdir: str, command: str) -> None:
@@ -52,8 +50,8 @@ class Pipeline:
         self.resolved = configs.as_json(config)
 
     def run(self) -> None:
-        with self.dir.claim(self.resolved):
-            if "report" in self.dir.done():
+        with self.dir.claim(self.resolved, lambda: self.digests) as finished:
+            if finished:
                 print(f"{self.dir.root} is finished; see {self.dir.report}. Another --workdir makes a new run.")
                 return
             self.load()
@@ -68,7 +66,7 @@ class Pipeline:
     # What the stages share ------------------------------------------------------------------------------------
 
     def key(self, stream: int) -> jax.Array:
-        return jax.random.fold_in(jax.random.key(self.config.seed), stream)
+        return seeds.stream(self.config.seed, stream)
 
     @functools.cached_property
     def teacher(self) -> tuple[DiT, Any]:
@@ -105,6 +103,19 @@ class Pipeline:
             return ""
 
     @functools.cached_property
+    def digests(self) -> dict[str, str]:
+        """What identifies the files that the config names, by key. Files that are not there are the load stage's business."""
+        c = self.config
+        named = {
+            "model.checkpoint": "" if c.model.random_init else sources.locate(c.model.checkpoint),
+            "model.vae": self.found["vae"],
+            "evaluation.classifier": self.found["classifier"],
+            "evaluation.reference": self.found["reference"],
+        }
+        there = {key: path for key, path in named.items() if path and os.path.exists(path)}
+        return {key: sources.fingerprint(path, images=key == "evaluation.reference") for key, path in there.items()}
+
+    @functools.cached_property
     def decoder(self) -> Decoder:
         """Samples to images in [-1, 1]."""
         return sources.open_decoder(self.found["vae"], self.teacher[0].in_channels)[0]
@@ -112,7 +123,7 @@ class Pipeline:
     @functools.cached_property
     def judge(self) -> sources.Judge:
         """The feature network and the real images of the quality figures, or why there are none."""
-        if self.teacher[0].in_channels != 3 and not self.found["vae"]:
+        if self.teacher[0].in_channels not in (1, 3) and not self.found["vae"]:
             return sources.Judge(reason="the samples are latents, and there is no VAE to decode them")
         if not self.config.evaluation.classifier:
             return sources.Judge(reason="no feature network is configured")
@@ -129,11 +140,22 @@ class Pipeline:
         with self.dir.stage("load") as to_do:
             if to_do:
                 model, params = self.teacher
-                # What is missing is said before hours of work, not after.
+                # What is missing or does not fit is said before hours of work, not after.
+                self._check_targets()
                 _ = self.decoder
+                checks.check(self.config, model, params)
+                for folder in self.config.beside:
+                    sources.check_beside(Workdir(folder), self.digests)
                 if self.found["classifier"] and self.found["reference"]:
                     sources.check_judge(self.found["classifier"], self.found["reference"])
                 logging.info("%s: %d parameters", _title(self.config, model), sizes(params).parameters)
+
+    def _check_targets(self) -> None:
+        d = self.dir
+        for file in (d.metrics, d.log, d.safetensors, d.layers, d.table, d.table_json, d.report):
+            files.check_target(file, "file")
+        for folder in (d.quantized, d.calibration / "kmeans", d.calibration / "hard"):
+            files.check_target(folder, "folder")
 
     def quantize(self) -> None:
         """k-means: codebooks and assignments of every Linear that the rules name."""
@@ -228,8 +250,7 @@ class Pipeline:
         """Takes the full-precision samples of a run beside this one that sampled the same model in the same way."""
         for folder in map(pathlib.Path, self.config.beside):
             theirs = Workdir(folder)
-            other = _read_json(theirs.config)
-            same = all(other[key] == self.resolved[key] for key in ("seed", "model", "sample"))
+            same = sources.same_samples(theirs, self.resolved, self.digests)
             source = theirs.samples / self._npz("fp", steps).name
             if same and source.exists():
                 with files.atomic_path(self._npz("fp", steps)) as partial:
@@ -244,7 +265,7 @@ class Pipeline:
         """The first images of every model and the names of their classes."""
         c = self.config.sample
         count = min(c.grid_images, c.num_images)
-        images = {name: generation.read_head(self._npz(name, c.steps), count) for name in MODELS}
+        images = {name: npz.read_head(self._npz(name, c.steps), count) for name in MODELS}
         labels = generation.class_labels(c.labels, self.key(SAMPLES), np.arange(count), model.num_classes)
         names = list(self.config.evaluation.class_names)
         return images, [names[i] if i < len(names) else f"class {i}" for i in labels]
@@ -274,7 +295,7 @@ class Pipeline:
                 for (name, steps), found in quality.items()
                 if name in METHODS
             ]
-            rows += [row for folder in self.config.beside for row in _read_json(Workdir(folder).table_json)]
+            rows += [row for folder in self.config.beside for row in files.read_json(Workdir(folder).table_json, list)]
             files.write_json(self.dir.table_json, rows)
             title = _title(self.config, model)
             files.write_text(self.dir.table, reporting.markdown(title, rows, self.command))
@@ -298,7 +319,7 @@ class Pipeline:
         with self.dir.stage("report") as to_do:
             if not to_do:
                 return
-            metrics = _read_json(self.dir.metrics)
+            metrics = files.read_json(self.dir.metrics)
             model, _, _ = checkpoint.load_quantized(self.dir.quantized)
             images, names = self._grids(model)
             data = reporting.ReportData(
@@ -306,8 +327,8 @@ class Pipeline:
                 metrics=metrics,
                 config=self.resolved,
                 train_log=methods.read_log(self.dir.log),
-                layers=_read_json(self.dir.layers),
-                table=_read_json(self.dir.table_json),
+                layers=files.read_json(self.dir.layers, list),
+                table=files.read_json(self.dir.table_json, list),
                 images=images,
                 labels=names,
                 command=self.command,
@@ -330,7 +351,3 @@ def load_teacher(c: Any, key: jax.Array) -> tuple[DiT, Any]:
 def _title(config: Any, model: DiT) -> str:
     name = config.model.variant or f"DiT {model.depth}x{model.hidden_size}/{model.patch_size}"
     return f"{name}, {model.input_size}x{model.input_size}x{model.in_channels}"
-
-
-def _read_json(path: pathlib.Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))

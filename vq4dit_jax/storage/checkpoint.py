@@ -161,7 +161,7 @@ def save_tree(path: str | os.PathLike, tree: Any, metadata: dict[str, Any]) -> N
     context.array.saving.use_compression = False
     context.array.saving.use_ocdbt = False
     arrays = jax.tree.map(np.asarray, tree)
-    with atomic_path(path) as partial, context, _errors_only():
+    with atomic_path(path, "folder") as partial, context, _errors_only():
         files.reserve(partial, sum(a.nbytes for a in jax.tree.leaves(arrays)))
         try:
             ocp.save(partial.absolute(), arrays, custom_metadata=metadata)
@@ -205,6 +205,7 @@ def load_tree(path: str | os.PathLike) -> tuple[Any, dict[str, Any]]:
 def _readable(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     """The absolute folder; what goes wrong while it is read is an InputError."""
     folder = pathlib.Path(path).absolute()
+    files.recover(folder)
     if not folder.is_dir():
         raise InputError(f"{path}: no such folder; wanted an orbax checkpoint")
     try:
@@ -223,7 +224,8 @@ def _names(tree: Any) -> list[str]:
 def save_state(path: str | os.PathLike, state: Any, metadata: dict[str, Any]) -> None:
     """Writes any pytree of arrays (structs, optimizer states) by the names of its leaves."""
     flat = dict(zip(_names(state), jax.tree.leaves(state), strict=True))
-    save_tree(path, flax.traverse_util.unflatten_dict(flat, sep="/"), metadata)
+    tree = flax.traverse_util.unflatten_dict(flat, sep="/")
+    save_tree(path, tree, {"format": files.STATE_FORMAT, **metadata})
 
 
 def load_state(path: str | os.PathLike, like: Any) -> tuple[Any, dict[str, Any]]:
@@ -239,4 +241,5 @@ def load_state(path: str | os.PathLike, like: Any) -> tuple[Any, dict[str, Any]]
                 f"{path}: {name} is {what}; wanted {wanted.dtype}{wanted.shape}; remove the folder to start anew"
             )
         leaves.append(jnp.asarray(found))
-    return jax.tree.unflatten(jax.tree.structure(like), leaves), metadata
+    given = {key: value for key, value in metadata.items() if key != "format"}
+    return jax.tree.unflatten(jax.tree.structure(like), leaves), given

@@ -18,7 +18,7 @@ from vq4dit_jax.networks.registry import Model, describe
 from vq4dit_jax.qarray import integer, vq  # noqa: F401  (they register their kinds)
 from vq4dit_jax.qarray.base import KINDS
 
-FORMAT, VERSION = "vq4dit-jax", 2
+FORMAT, VERSION = files.MODEL_FORMAT, 2
 _LARGEST, _MOST_PARTS = 1 << 26, 1 << 16
 """Characters of a manifest, and parts of a leaf."""
 

@@ -1,0 +1,5 @@
+"""What a config file imports. `vq4dit_jax.run.config` says what the keys mean."""
+
+from vq4dit_jax.run.config import cifar10, default, xl2
+
+__all__ = ["cifar10", "default", "xl2"]
