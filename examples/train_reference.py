@@ -150,7 +150,7 @@ def _model(flags: argparse.Namespace, data: Dataset) -> DiT:
 def _first_weights(flags: argparse.Namespace, model: DiT) -> Any:
     if flags.init is None:
         return training.init_params(model, jax.random.key(flags.seed))
-    theirs, params = sources.open_pretrained(flags.init, None, None, None)
+    theirs, params = sources.open_pretrained(flags.init)
     names = [field.name for field in dataclasses.fields(model) if field.name not in ("parent", "name", "dtype")]
     for name in names:
         if (found := getattr(theirs, name)) != (wanted := getattr(model, name)):

@@ -13,9 +13,11 @@ from absl import logging
 
 from vq4dit_jax import files, reporting
 from vq4dit_jax.command_line import Parser, exit_code
+from vq4dit_jax.diffusion.samplers import sampler_for
 from vq4dit_jax.errors import InputError
 from vq4dit_jax.evaluation import npz
 from vq4dit_jax.networks import inference
+from vq4dit_jax.networks.network import as_network
 from vq4dit_jax.run import generation, seeds, sources
 from vq4dit_jax.run.generation import Plan
 from vq4dit_jax.storage import provenance
@@ -109,8 +111,10 @@ def _main(flags: argparse.Namespace) -> None:
     for file in (target, folder / "grid.png", folder / "recipe.json"):
         files.check_target(file, "file")
     model, params = sources.open_model(flags.checkpoint, flags.variant, flags.num_heads)
-    decode, decoder = sources.open_decoder(flags.vae if flags.vae != "none" else "", model.in_channels)
-    generation.class_labels(plan.labels, key, plan.indices(0), model.num_classes)
+    decode, decoder = sources.open_decoder(flags.vae if flags.vae != "none" else "", as_network(model).sample_shape[-1])
+    network = as_network(model)
+    network.conditioning.choose(plan.labels, key, plan.indices(0))
+    sampler_for(network.process, plan.sampler)
     recipe = {
         "format": 2,  # in 1 a seed was another key
         "num_images": plan.num_images,

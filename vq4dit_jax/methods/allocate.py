@@ -28,7 +28,7 @@ from vq4dit_jax.networks.network import Network, random_problem
 from vq4dit_jax.progress import progress
 from vq4dit_jax.qarray.rules import KEEP, Rule
 from vq4dit_jax.qarray.spec import VQSpec
-from vq4dit_jax.qarray.tree import block_path, dequantize, flatten, matrices, quantized_paths, replace, sizes
+from vq4dit_jax.qarray.tree import block_path, dequantize, flatten, matrices, replace, sizes
 
 DISTORTION = {(64, 8): 8.8, (256, 8): 4.2, (64, 4): 2.6, (256, 4): 1.0, (64, 2): 0.32, (256, 2): 0.073}
 """(K, d) -> D, in units of K = 256, d = 4: geometric means over the layers of the built-in model, after
@@ -76,9 +76,9 @@ class Allocate:
             stacked=run.network.prefixes,
             max_iterations=_LLOYD_ITERATIONS,
         )
-        # What is not quantized stays as it was given, where it may have been rounded.
-        quantized = set(quantized_paths(params))
-        kept = {path: leaf for path, leaf in flatten(params).items() if path not in quantized}
+        # All else stays as it was given: what is not quantized may have been rounded, and other kinds have no menu.
+        allocated = {path for path, _, leaf in matrices(params) if leaf.kind == "vq"}
+        kept = {path: leaf for path, leaf in flatten(params).items() if path not in allocated}
         return replace(fresh, kept), {"specs": {path: dataclasses.asdict(spec) for path, spec in chosen.items()}}
 
 
@@ -221,9 +221,11 @@ def layers(
         return float(_measure(network, cfg_scale, replace(teacher, replaced), evaluations))
 
     dense_of = lambda path: dequantize({"leaf": flatten(packed)[path]}, jnp.float32)["leaf"]
-    together = float(_measure(network, cfg_scale, dequantize(packed, jnp.float32), evaluations))
+    together = float(_measure(network, cfg_scale, packed, evaluations))
     out, path_now, dense = [], None, None
     for path, block, leaf in matrices(packed):
+        if leaf.kind != "vq":
+            continue
         if path != path_now:
             path_now, dense = path, dense_of(path)
         kernel = dense if block is None else _one_block_replaced(kernels[path], dense, jnp.int32(block))

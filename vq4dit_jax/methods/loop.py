@@ -28,10 +28,10 @@ from vq4dit_jax.diffusion import trajectory
 from vq4dit_jax.diffusion.keys import image_keys
 from vq4dit_jax.diffusion.samplers import sampler_for
 from vq4dit_jax.errors import InputError
-from vq4dit_jax.methods.passes import Context, Report, require_same
+from vq4dit_jax.methods.passes import REMEDY, Context, Report
 from vq4dit_jax.networks.network import Network, problem
 from vq4dit_jax.progress import progress
-from vq4dit_jax.storage import checkpoint
+from vq4dit_jax.storage import checkpoint, identity
 
 _HISTOGRAM_EVERY = 25
 _DIVERGED = 1e3
@@ -175,7 +175,8 @@ class _Steps:
         if not numbers:
             return 0, like
         file = self._file(numbers[-1])
-        require_same(self.folder, checkpoint.load_metadata(file).get("made_of", {}), self.made_of)
+        theirs = checkpoint.load_metadata(file).get("made_of") or {}
+        identity.refuse_others(self.folder, self.made_of or {}, theirs, REMEDY)
         return numbers[-1], checkpoint.load_state(file, like)[0]
 
     def save(self, step: int, state: Any) -> None:

@@ -20,11 +20,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from vq4dit_jax import __version__
-from vq4dit_jax.errors import InputError
 from vq4dit_jax.networks.network import Network, as_network, check
-from vq4dit_jax.storage import checkpoint, provenance
+from vq4dit_jax.storage import checkpoint, identity, provenance
 
 Report = dict[str, Any]
+REMEDY = "give another folder, or remove it"
 
 
 @dataclasses.dataclass
@@ -94,7 +94,7 @@ def apply(passes: Sequence[Pass], run: Context, params: Any) -> tuple[Any, list[
     for number, one in enumerate(passes):
         folder = None if run.folder is None else run.folder / f"{number:02d}_{one.name}"
         if facts is not None:
-            facts["passes"].append({"pass": one.name, **_settings(one)})
+            facts["passes"][f"{number:02d}_{one.name}"] = _settings(one)
         if folder is not None and folder.exists():
             params, report = _read(folder, facts)
         else:
@@ -127,29 +127,11 @@ def _facts(run: Context, params: Any) -> dict[str, Any]:
         "key": np.asarray(jax.random.key_data(run.key)).tolist(),
         "sample_shape": list(run.network.sample_shape),
         "process": dataclasses.asdict(run.network.process),
-        "passes": [],
+        "passes": {},
     }
 
 
 def _read(folder: pathlib.Path, facts: dict[str, Any] | None) -> tuple[Any, Report]:
     _, params, manifest = checkpoint.load_quantized(folder)
-    require_same(folder, manifest["extra"].get("made_of", {}), facts)
+    identity.refuse_others(folder.parent, facts or {}, manifest["extra"].get("made_of", {}), REMEDY)
     return params, manifest["extra"]["report"]
-
-
-def require_same(folder: pathlib.Path, theirs: dict[str, Any], ours: dict[str, Any] | None) -> None:
-    """InputError, in one line, where a result in `folder` was made of something else."""
-    if ours is None or theirs == ours:
-        return
-    differing = [name for name in ours if theirs.get(name) != ours[name]]
-    shown = []
-    for name in differing[:2]:
-        a, b = theirs.get(name), ours[name]
-        if name == "passes" and isinstance(a, list) and len(a) == len(b):
-            pairs = ((x.get(k), y.get(k), k) for x, y in zip(a, b, strict=True) for k in {**x, **y})
-            shown += [f"{k} ({new} here, {old} there)" for old, new, k in pairs if old != new][:2]
-        else:
-            shown.append(f"{name} differs")
-    raise InputError(
-        f"{folder.parent} holds a run of something else: {', '.join(shown)}; give another folder, or remove it"
-    )

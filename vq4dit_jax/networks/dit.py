@@ -394,3 +394,14 @@ def variant(name: str, **overrides: Any) -> DiT:
     if name not in DIT_VARIANTS:
         raise KeyError(f"no variant {name!r}; known: {', '.join(DIT_VARIANTS)}")
     return DiT(**{**DIT_VARIANTS[name], **overrides})
+
+
+def parameter_shapes(model: DiT) -> Any:
+    """The tree of `jax.ShapeDtypeStruct`s that `model.init` would fill; nothing is computed."""
+    x = jax.ShapeDtypeStruct((1, model.input_size, model.input_size, model.in_channels), jnp.float32)
+    label = jax.ShapeDtypeStruct((1,), jnp.int32)
+    return jax.eval_shape(model.init, jax.eval_shape(jax.random.key, 0), x, label, label)["params"]
+
+
+SETTINGS: dict[str, int] = {"num_heads": 0, "num_classes": 0}
+"""Keys of a config's `model` section that are this network's own; 0: from the variant or the checkpoint."""

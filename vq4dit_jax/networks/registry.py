@@ -5,11 +5,10 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from vq4dit_jax.errors import InputError
-from vq4dit_jax.networks.dit import DiT
+from vq4dit_jax.networks.dit import DiT, parameter_shapes
 from vq4dit_jax.qarray.tree import dense_shapes, flatten
 
 Model = Any
@@ -113,7 +112,4 @@ def _shapes(model: DiT, source: str) -> dict[str, tuple[int, ...]]:
             f"{source}: the manifest has a DiT of input_size={model.input_size}, patch_size={model.patch_size}, "
             f"hidden_size={model.hidden_size}, depth={model.depth}, num_heads={model.num_heads}; there is no such model"
         )
-    x = jax.ShapeDtypeStruct((1, model.input_size, model.input_size, model.in_channels), jnp.float32)
-    label = jax.ShapeDtypeStruct((1,), jnp.int32)
-    found = jax.eval_shape(model.init, jax.eval_shape(jax.random.key, 0), x, label, label)["params"]
-    return {path: tuple(leaf.shape) for path, leaf in flatten(found).items()}
+    return {path: tuple(leaf.shape) for path, leaf in flatten(parameter_shapes(model)).items()}

@@ -25,7 +25,7 @@ def _describe(path: str, block: int | None, leaf: QuantizedArray) -> dict[str, A
     prefix, _, role = path.removesuffix("/kernel").partition("/")
     cost = leaf.cost()
     return {
-        "path": block_path(path, block),
+        "path": path if block is None else block_path(path, block, (path.partition("/")[0],)),
         "block": block or 0,
         "role": role or prefix,
         "kind": leaf.kind,

@@ -10,7 +10,8 @@ Content = Element | str | None
 
 Figures = dict[str, Any]
 
-MODELS = {"fp": "Full precision", "kmeans": "k-means", "vq4dit": "VQ4DiT"}
+_TITLES = {"fp": "Full precision", "kmeans": "k-means", "vq4dit": "VQ4DiT", "quantized": "Quantized"}
+_DEFAULT = ("fp", "kmeans", "vq4dit")
 DASH = "—"  # stands for a figure that was not computed
 
 
@@ -144,3 +145,18 @@ def duration(seconds: Any) -> str:
         return f"{whole // 60}\u202fmin\u00a0{whole % 60:02d}\u202fs"
     minutes = round(value / 60)
     return f"{minutes // 60}\u202fh\u00a0{minutes % 60:02d}\u202fmin"
+
+
+def title_of(model: str) -> str:
+    """What people read for a model's name in the metrics."""
+    return _TITLES.get(model, model)
+
+
+def models_of(metrics: Figures) -> list[str]:
+    """The models of a run, full precision first and the final one last."""
+    return list(metrics.get("quality") or _DEFAULT)
+
+
+def css_of(model: str, models: Sequence[str]) -> str:
+    """The class of a model's colour: full precision, what is in between, and the final one."""
+    return {models[0]: "fp", models[-1]: "vq4dit"}.get(model, "kmeans")

@@ -10,23 +10,25 @@ from PIL import Image
 from vq4dit_jax.reporting import charts
 from vq4dit_jax.reporting.markup import (
     DASH,
-    MODELS,
     Content,
     Element,
     Figures,
     count,
+    css_of,
     element,
     figure,
     fixed,
     hidden,
     integer,
     mebibytes,
+    models_of,
     note,
     number,
     percent,
     pick,
     section,
     table,
+    title_of,
 )
 
 BAND = 4  # seeds side by side: what a phone shows
@@ -84,16 +86,17 @@ def _bits_tile(size: Figures, quantized: float | None) -> Element:
 
 
 def _quality_tile(quality: Figures) -> Element:
-    distances = {name: figure(pick(quality, name, "fd")) for name in MODELS}
-    fp, kmeans, vq4dit = distances.values()
-    tile = _tile("Fréchet distance", number(vq4dit), "lower is better" if vq4dit is not None else None)
+    models = models_of({"quality": quality})
+    distances = {name: figure(pick(quality, name, "fd")) for name in models}
+    full, first, *_, final = [*distances.values()] + list(distances.values())[-1:]
+    tile = _tile("Fréchet distance", number(final), "lower is better" if final is not None else None)
     bars = element("dl", {"class": "mini"})
     highest = max((value for value in distances.values() if value is not None), default=None)
     for name, value in distances.items():
-        _mini_bar(bars, MODELS[name], name, value, highest, number(value))
+        _mini_bar(bars, title_of(name), css_of(name, models), value, highest, number(value))
     tile.append(bars)
-    if None not in (fp, kmeans, vq4dit) and kmeans > fp:
-        closed = (kmeans - vq4dit) / (kmeans - fp)
+    if len(models) > 2 and None not in (full, first, final) and first > full:
+        closed = (first - final) / (first - full)
         tile.append(note(f"Calibration closes {percent(closed, 0)} of the gap to full precision."))
     return tile
 
@@ -136,12 +139,14 @@ def pictures(images: dict[str, np.ndarray], labels: Sequence[str]) -> Element:
         blank = [None] * (BAND - len(columns))
         rows = []
         for name, batch in images.items():
-            alternatives = [f"{MODELS.get(name, name)}, seed {i}: {names[i - start + 1]}" for i in columns]
+            alternatives = [f"{title_of(name)}, seed {i}: {names[i - start + 1]}" for i in columns]
             row = [_picture(batch[i], text) for i, text in zip(columns, alternatives, strict=True)]
-            rows.append([MODELS.get(name, name), *row, *blank])
+            rows.append([title_of(name), *row, *blank])
         caption = f"Seeds {columns[0]} to {columns[-1]}"
         bands.append(table(hidden(caption), names + blank, rows, css="pictures"))
-    return section("samples", "Same seeds, three models" if len(images) == 3 else "Samples", note(text), bands)
+    return section(
+        "samples", "Same seeds, three models" if len(images) == 3 else "Same seeds, all models", note(text), bands
+    )
 
 
 def _picture(pixels: np.ndarray, alternative: str) -> Element:
@@ -168,8 +173,8 @@ QUALITY = (  # key, name, better is, text
 
 
 def quality(metrics: Figures) -> Element:
-    """Figures of merit: a column per model, the better of the two quantized ones marked."""
-    by_model = {name: pick(metrics, "quality", name) or {} for name in MODELS}
+    """Figures of merit: a column per model, the best of the quantized ones marked."""
+    by_model = {name: pick(metrics, "quality", name) or {} for name in models_of(metrics)}
     features = list(dict.fromkeys(str(q["features"]) for q in by_model.values() if q.get("features")))
     inception = bool(features) and all("inception" in name.lower() for name in features)
     rows = []
@@ -177,16 +182,17 @@ def quality(metrics: Figures) -> Element:
         if key == "is" and not inception:
             name = "Inception-score analogue"
         values = {model: figure(q.get(key)) for model, q in by_model.items()}
-        pair = [values[model] for model in ("kmeans", "vq4dit") if values[model] is not None]
-        best = better(pair) if better and len(pair) == 2 and pair[0] != pair[1] else None
+        full, *quantized = by_model
+        known = [values[model] for model in quantized if values[model] is not None]
+        best = better(known) if better and len(set(known)) > 1 else None
         cells = []
         for model, value in values.items():
-            marked = best is not None and model != "fp" and value == best
+            marked = best is not None and model != full and value == best
             cells.append(element("strong", None, text(value)) if marked else text(value))
         arrow = {min: "\u00a0↓", max: "\u00a0↑", None: ""}[better]
         rows.append([element("span", None, name, arrow), *cells])
     where = f"Features: {'; '.join(features)}." if features else "No features were named."
-    caption = f"{where} ↓ lower is better, ↑ higher is better; the better of the two quantized models is bold."
+    caption = f"{where} ↓ lower is better, ↑ higher is better; the best of the quantized models is bold."
     warning = (
         "Inception features: comparable with a published FID only where that one comes from the same layer, the same "
         "reference statistics and the same number of pictures."
@@ -195,7 +201,10 @@ def quality(metrics: Figures) -> Element:
         "other and with others made from the same features, reference pictures and number of samples."
     )
     return section(
-        "quality", "Quality", table(caption, [hidden("Measure"), *MODELS.values()], rows, css="figures"), note(warning)
+        "quality",
+        "Quality",
+        table(caption, [hidden("Measure"), *map(title_of, by_model)], rows, css="figures"),
+        note(warning),
     )
 
 

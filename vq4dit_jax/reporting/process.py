@@ -8,7 +8,6 @@ from typing import Any
 from vq4dit_jax.reporting import charts
 from vq4dit_jax.reporting.markup import (
     DASH,
-    MODELS,
     Element,
     Figures,
     duration,
@@ -26,6 +25,9 @@ from vq4dit_jax.reporting.markup import (
 
 MOST_RULES = 25  # trajectories marked in a chart
 MOST_HISTOGRAMS = 100
+
+_STAGES = {"kmeans": "k-means"}
+"""Stages whose names are not words."""
 
 
 def calibration(metrics: Figures, train_log: Sequence[Figures]) -> Element:
@@ -210,14 +212,15 @@ def _storage_table(layers: Sequence[Figures]) -> Element:
     kinds: dict[tuple, list[int]] = {}
     for layer in sorted(layers, key=lambda layer: order[str(layer.get("role"))]):
         keys = (integer(layer.get("codewords")), integer(layer.get("subvector")), integer(layer.get("groups")))
-        kind = (str(layer.get("role")), _shape(layer), *keys, fixed(layer.get("bits"), 3))
+        stored = str(layer.get("kind", "vq"))
+        kind = (str(layer.get("role")), _shape(layer), stored, *keys, fixed(layer.get("bits"), 3))
         kinds.setdefault(kind, []).append(int(layer["block"]))
     rows = [[_breakable(role), _ranges(blocks), *rest] for (role, *rest), blocks in kinds.items()]
     caption = (
-        "What the layers are stored in: K codewords of d weights, a codebook for each of G groups of output rows; "
-        "bits per weight with the codebooks."
+        "What the layers are stored in. Kind vq: K codewords of d weights, a codebook for each of G groups of output rows. "
+        "Bits per weight count codes and tables."
     )
-    body = table(caption, ["Role", "Blocks", "O×I", "K", "d", "G", "Bits"], rows, css="figures")
+    body = table(caption, ["Role", "Blocks", "O×I", "Kind", "K", "d", "G", "Bits"], rows, css="figures")
     return element(
         "div", {"class": "scroll", "tabindex": "0", "role": "region", "aria-label": "Storage of the layers"}, body
     )
@@ -256,7 +259,7 @@ def time(metrics: Figures) -> Element:
     rows = []
     for name, value in stages.items():
         bar = charts.stacked_bar([("vq4dit", value or 0)], longest or 1.0, f"{name}: {duration(value)}")
-        rows.append([MODELS.get(name) or name.capitalize(), duration(value), element("td", {"class": "wide"}, bar)])
+        rows.append([_STAGES.get(name) or name.capitalize(), duration(value), element("td", {"class": "wide"}, bar)])
     part.append(table(f"{duration(sum(known))} in all.", ["Stage", "Time", hidden("Bar")], rows, css="figures times"))
     return part
 

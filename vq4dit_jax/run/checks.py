@@ -4,64 +4,56 @@ import math
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from vq4dit_jax.diffusion.samplers import sampler_for
 from vq4dit_jax.errors import InputError
 from vq4dit_jax.methods import allocate
 from vq4dit_jax.networks import inference
-from vq4dit_jax.networks.dit import DiT
-from vq4dit_jax.qarray import quantization
-from vq4dit_jax.qarray.quantization import VQSpec
-from vq4dit_jax.qarray.stack import split_runs
+from vq4dit_jax.networks.network import as_network
+from vq4dit_jax.qarray.parts import split_runs
+from vq4dit_jax.qarray.rules import abstract_quantized
+from vq4dit_jax.qarray.tree import block_path, matrices, sizes
 from vq4dit_jax.run import config as configs
-from vq4dit_jax.run import generation
 
 
-def check(config: Any, model: DiT, teacher: Any) -> None:
+def check(config: Any, model: Any, teacher: Any) -> None:
     """Raises InputError, naming the key, where a later stage would refuse this config for this model."""
+    network = as_network(model)
+    sampler_for(network.process, config.sample.sampler or None)
     try:
-        generation.class_labels(config.sample.labels, jax.random.key(0), np.arange(1), model.num_classes)
+        cond = network.conditioning.choose(config.sample.labels, jax.random.key(0), np.arange(1))
     except InputError as error:
         raise InputError(f"--config.sample.{error}") from None
-    shapes = quantization.abstract_quantized(
-        teacher, configs.rules(config), codebook_dtype=config.quantize.codebook_dtype
-    )
+    for section in ("calibration", "sample"):
+        if config[section].cfg_scale != 1.0 and not network.conditioning.guidable:
+            try:
+                network.conditioning.null(teacher, cond)
+            except InputError as error:
+                raise InputError(f"--config.{section}.{error}") from None
+    prefixes = network.prefixes or None
+    shapes = abstract_quantized(teacher, configs.rules(config), prefixes, config.quantize.codebook_dtype)
     # Zeros of these shapes that take no memory.
     packed = jax.tree.map(lambda a: np.broadcast_to(np.zeros((), a.dtype), a.shape), shapes)
     if config.calibration.allocation != "given":
-        _check_budget(config, packed)
+        _check_budget(config, network, packed)
     _check_activations(config.sample.activations, packed)
 
 
-def _check_budget(config: Any, packed: Any) -> None:
+def _check_budget(config: Any, network: Any, packed: Any) -> None:
     """Says whether `allocate.spread` of these layers will have room enough, and what else to give."""
-    codes = 8 * quantization.sizes(packed).assignment_bytes
-    least = _least_bits(
-        packed,
-        8 * jnp.dtype(config.quantize.codebook_dtype).itemsize,
-        together=config.calibration.allocation == "roles",
-    )
-    if least > int(config.calibration.budget * codes):
-        wanted = math.ceil(least / codes * 1000) / 1000
+    layers = [
+        allocate.Layer(block_path(path, block, network.prefixes), *leaf.matrix, leaf.spec(), 1.0)
+        for path, block, leaf in matrices(packed)
+        if leaf.kind == "vq"
+    ]
+    together = config.calibration.allocation == "roles"
+    least = allocate.least_budget(layers, sizes(packed).assignment_bytes, together)
+    if least > config.calibration.budget:
         raise InputError(
             f"--config.calibration.budget={config.calibration.budget:g}: the codes and codebooks of these layers take more "
-            f"with the fewest bits that there are; wanted {wanted:g} or more"
+            f"with the fewest bits that there are; wanted {math.ceil(least * 1000) / 1000:g} or more"
         )
-
-
-def _least_bits(packed: Any, codebook_bits: int, together: bool) -> int:
-    """The fewest bits that the layers can have, where the blocks of a role share a spec if `together`."""
-    roles: dict[str, list[allocate.Layer]] = {}
-    for path, block, leaf in quantization.matrices(packed):
-        name = path if together else quantization.block_path(path, block)
-        spec = VQSpec(leaf.num_codewords, leaf.subvector_length, leaf.num_groups)
-        roles.setdefault(name, []).append(allocate.Layer(name, *leaf.shape, spec, 1.0))
-    total = 0
-    for role in roles.values():
-        common = set.intersection(*(set(layer.menu()) for layer in role))
-        total += min(sum(layer.bits(spec, codebook_bits) for layer in role) for spec in common)
-    return total
 
 
 def _check_activations(activations: str, packed: Any) -> None:

@@ -9,9 +9,11 @@ import ml_collections
 
 from vq4dit_jax.diffusion.samplers import SAMPLERS
 from vq4dit_jax.errors import InputError
-from vq4dit_jax.methods import vq4dit
-from vq4dit_jax.methods.passes import Pass
+from vq4dit_jax.methods import method, vq4dit
+from vq4dit_jax.methods.kmeans import KMeans
+from vq4dit_jax.methods.method import Model
 from vq4dit_jax.methods.vq4dit import FINE, LAYERWISE
+from vq4dit_jax.networks import dit
 from vq4dit_jax.networks.rules import dit_rules
 from vq4dit_jax.qarray.rules import BITS, Rule
 from vq4dit_jax.qarray.spec import spec_from_json
@@ -25,6 +27,7 @@ def default() -> ml_collections.ConfigDict:
     c = ml_collections.ConfigDict()
     c.seed = 0
     """Root of all randomness: k-means, trajectories, samples."""
+    c.method = "vq4dit"  # or "rules": what quantize.rules say, and no calibration
     c.beside = ()
     """Finished runs (workdirs) of the same model whose rows join this one's table; full-precision samples of the same
     recipe are taken from them."""
@@ -35,8 +38,7 @@ def default() -> ml_collections.ConfigDict:
         ""  # a file or folder, "asset:NAME" (shipped), or "official:NAME" (cache folder, else download)
     )
     c.model.vae = ""  # of a model of latents: a diffusers folder or file, or "official:sd-vae-ft-ema"; "" for a preview
-    c.model.num_heads = 0  # 0: from the variant or the checkpoint
-    c.model.num_classes = 0  # 0: from the checkpoint
+    c.model.update(dit.SETTINGS)
     c.model.random_init = False  # random weights of the variant, for timing
     c.model.depth = 0  # blocks of a random_init model; 0: the variant's
     c.model.input_size = 32  # of a random_init model: latent or image side
@@ -107,7 +109,7 @@ def xl2(image_size: int, bits: float) -> ml_collections.ConfigDict:
     c.calibration.budget = 1.005
     if bits >= 3:
         c.calibration.update(FINE)
-    c.calibration.allocation = "roles"  # blocks stay one stack: one scan, one launch for all of adaLN
+    c.calibration.allocation = "roles"  # blocks stay one stack, which the kernels take in one launch
     c.sample.num_images = 10_000
     c.sample.batch = 50
     c.sample.steps = 50
@@ -117,9 +119,17 @@ def xl2(image_size: int, bits: float) -> ml_collections.ConfigDict:
     return c
 
 
-def passes(config: ml_collections.ConfigDict) -> tuple[Pass, ...]:
-    """What is done after k-means; InputError names the key that cannot be used."""
-    return vq4dit.passes({k: v for k, v in config.calibration.items() if k in vq4dit.defaults()})
+def models(config: ml_collections.ConfigDict) -> tuple[Model, ...]:
+    """The models that a run makes, and their passes; InputError names the key that cannot be used."""
+    c = config.quantize
+    kmeans = KMeans(
+        rules=rules(config),
+        codebook_dtype=c.codebook_dtype,
+        other_dtype=c.other_dtype,
+        iterations=c.kmeans_iterations,
+    )
+    settings = {k: v for k, v in config.calibration.items() if k in vq4dit.defaults()}
+    return method.models(config.method, kmeans, settings)
 
 
 def rules(config: ml_collections.ConfigDict) -> tuple[Rule, ...]:
@@ -145,8 +155,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
     """Everything that can be told before work begins; InputError names the key."""
     seeds.check_seed("--config.seed", config.seed)
     _one_of("quantize.bits", config.quantize.bits, tuple(map(float, BITS)))
-    passes(config)
-    rules(config)
+    models(config)
     try:
         re.compile(config.calibration.tuned)
     except re.error as error:

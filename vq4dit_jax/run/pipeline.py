@@ -12,7 +12,6 @@ import time
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
@@ -20,19 +19,16 @@ from vq4dit_jax import __version__, evaluation, files, methods, reporting
 from vq4dit_jax.errors import InputError
 from vq4dit_jax.evaluation import npz
 from vq4dit_jax.methods.agreement import held_out_agreement
-from vq4dit_jax.methods.kmeans import quantize
-from vq4dit_jax.networks import inference
-from vq4dit_jax.networks.dit import DiT, variant
-from vq4dit_jax.progress import progress
-from vq4dit_jax.qarray.cast import cast_kept
-from vq4dit_jax.qarray.rules import plan
+from vq4dit_jax.methods.method import FULL_PRECISION, Model
+from vq4dit_jax.networks import dit, inference
+from vq4dit_jax.networks.dit import DiT, parameter_shapes, variant
+from vq4dit_jax.networks.network import as_network
 from vq4dit_jax.qarray.tree import random_params, sizes
 from vq4dit_jax.reporting.layers import layer_table
 from vq4dit_jax.run import checks, generation, seeds, sources, summary
 from vq4dit_jax.run import config as configs
 from vq4dit_jax.run.generation import Decoder, Plan
 from vq4dit_jax.run.seeds import HELD_OUT, INIT, KMEANS, SAMPLES, TRAJECTORIES
-from vq4dit_jax.run.summary import METHODS, MODELS
 from vq4dit_jax.run.workdir import Workdir
 from vq4dit_jax.storage import checkpoint
 
@@ -74,8 +70,23 @@ class Pipeline:
         return load_teacher(self.config.model, self.key(INIT))
 
     @functools.cached_property
-    def kmeans(self) -> Any:
-        return checkpoint.load_quantized(self.dir.calibration / "kmeans")[1]
+    def models(self) -> tuple[Model, ...]:
+        """What this run makes, the final model last."""
+        return configs.models(self.config)
+
+    @property
+    def names(self) -> list[str]:
+        """Of all models that are sampled and judged, full precision first."""
+        return [FULL_PRECISION, *(model.name for model in self.models)]
+
+    def _names(self, steps: int) -> list[str]:
+        """Those that are sampled in so many steps: all in the config's own number, else full precision and the final one."""
+        return self.names if steps == self.config.sample.steps else [self.names[0], self.names[-1]]
+
+    @functools.cached_property
+    def first(self) -> Any:
+        """The model before calibration."""
+        return checkpoint.load_quantized(self.dir.made(self.models[0].name))[1]
 
     @functools.cached_property
     def packed(self) -> tuple[DiT, Any]:
@@ -118,12 +129,12 @@ class Pipeline:
     @functools.cached_property
     def decoder(self) -> Decoder:
         """Samples to images in [-1, 1]."""
-        return sources.open_decoder(self.found["vae"], self.teacher[0].in_channels)[0]
+        return sources.open_decoder(self.found["vae"], as_network(self.teacher[0]).sample_shape[-1])[0]
 
     @functools.cached_property
     def judge(self) -> sources.Judge:
         """The feature network and the real images of the quality figures, or why there are none."""
-        if self.teacher[0].in_channels not in (1, 3) and not self.found["vae"]:
+        if as_network(self.teacher[0]).sample_shape[-1] not in (1, 3) and not self.found["vae"]:
             return sources.Judge(reason="the samples are latents, and there is no VAE to decode them")
         if not self.config.evaluation.classifier:
             return sources.Judge(reason="no feature network is configured")
@@ -132,7 +143,9 @@ class Pipeline:
         return sources.open_judge(self.found["classifier"], self.found["reference"])
 
     def params(self, name: str) -> Any:
-        return {"fp": lambda: self.teacher[1], "kmeans": lambda: self.kmeans, "vq4dit": lambda: self.packed[1]}[name]()
+        if name == FULL_PRECISION:
+            return self.teacher[1]
+        return self.packed[1] if name == self.names[-1] else checkpoint.load_quantized(self.dir.made(name))[1]
 
     # Stages ---------------------------------------------------------------------------------------------------
 
@@ -154,45 +167,40 @@ class Pipeline:
         d = self.dir
         for file in (d.metrics, d.log, d.safetensors, d.layers, d.table, d.table_json, d.report):
             files.check_target(file, "file")
-        for folder in (d.quantized, d.calibration / "kmeans", d.calibration / "hard"):
+        for folder in (d.quantized, *(d.made(model.name) for model in self.models)):
             files.check_target(folder, "folder")
 
     def quantize(self) -> None:
-        """k-means: codebooks and assignments of every Linear that the rules name."""
+        """The first model: every matrix that the rules name, on its own."""
         with self.dir.stage("quantize") as to_do:
-            if not to_do:
-                return
-            model, teacher = self.teacher
-            rules, c = configs.rules(self.config), self.config.quantize
-            roles = sum(any(p.spec for p in parts) for parts in plan(teacher, rules).values())
-            with progress(roles, "k-means", "layer stack") as bar:
-                packed = quantize(
-                    teacher,
-                    key=self.key(KMEANS),
-                    rules=rules,
-                    codebook_dtype=c.codebook_dtype,
-                    max_iterations=c.kmeans_iterations,
-                    on_leaf=lambda path: bar.update(1),
-                )
-            packed = cast_kept(packed, c.other_dtype)
-            checkpoint.save_quantized(self.dir.calibration / "kmeans", model, packed, {"stage": "k-means only"})
+            if to_do:
+                self._make(self.models[0], self.teacher[1], self.key(KMEANS))
 
     def calibrate(self) -> None:
+        """The models after it."""
         with self.dir.stage("calibrate") as to_do:
             if not to_do:
                 return
-            model, teacher = self.teacher
-            hard = methods.calibrate(
-                model,
-                teacher,
-                self.kmeans,
-                key=self.key(TRAJECTORIES),
-                recipe=configs.recipe(self.config),
-                folder=self.dir.calibration,
-                log_file=self.dir.log,
-                save_every=self.config.calibration.save_every,
-            )
-            checkpoint.save_quantized(self.dir.calibration / "hard", model, hard, {"stage": "calibrated"})
+            params = self.first
+            for model in self.models[1:]:
+                params = self._make(model, params, self.key(TRAJECTORIES))
+
+    def _make(self, made: Model, params: Any, key: jax.Array) -> Any:
+        """Runs the passes of a model on the one before it, and keeps the result."""
+        model, teacher = self.teacher
+        target = self.dir.made(made.name)
+        context = methods.begin(
+            model,
+            teacher,
+            key,
+            target.with_name(f"{made.name}_passes"),
+            log_file=self.dir.log,
+            save_every=self.config.calibration.save_every,
+        )
+        params, reports = methods.apply(made.passes, context, params)
+        checkpoint.save_quantized(target, model, params, {"model": made.name, "passes": reports})
+        files.remove(context.folder)
+        return params
 
     def export(self) -> None:
         """Writes the model in both formats, and the table of layers."""
@@ -200,11 +208,11 @@ class Pipeline:
             if not to_do:
                 return
             model, teacher = self.teacher
-            _, packed, _ = checkpoint.load_quantized(self.dir.calibration / "hard")
+            _, packed, _ = checkpoint.load_quantized(self.dir.made(self.names[-1]))
             extra = {"config": self.resolved, "vq4dit_jax": __version__}
             checkpoint.save_quantized(self.dir.quantized, model, packed, extra)
             checkpoint.save_safetensors(self.dir.safetensors, model, packed, extra)
-            files.write_json(self.dir.layers, layer_table(teacher, self.kmeans, packed))
+            files.write_json(self.dir.layers, layer_table(teacher, self.first, packed))
 
     def sample(self) -> None:
         """The same seeds and labels for every model; for each further number of steps those of the table."""
@@ -213,8 +221,8 @@ class Pipeline:
                 return
             model, _ = self.teacher
             for steps in self._all_steps():
-                for name in MODELS if steps == self.config.sample.steps else METHODS:
-                    if not self._npz(name, steps).exists() and not (name == "fp" and self._borrow(steps)):
+                for name in self._names(steps):
+                    if not self._npz(name, steps).exists() and not (name == FULL_PRECISION and self._borrow(steps)):
                         generation.generate(
                             self._plan(steps),
                             model,
@@ -226,14 +234,14 @@ class Pipeline:
                         )
             images, names = self._grids(model)
             columns = min(8, len(names))
-            for name in ("fp", "vq4dit"):
+            for name in (self.names[0], self.names[-1]):
                 reporting.write_grid(self.dir.samples / f"{name}.png", images[name], columns)
             reporting.write_comparison(self.dir.samples / "comparison.png", images, names)
 
     def _sampling_params(self, name: str) -> Any:
         c = self.config.sample
         model, params = self.teacher[0], self.params(name)
-        return params if name == "fp" else inference.for_sampling(model, params, c.activations, c.cfg_scale)
+        return params if name == FULL_PRECISION else inference.for_sampling(model, params, c.activations, c.cfg_scale)
 
     def _all_steps(self) -> list[int]:
         return [self.config.sample.steps, *self.config.sample.more_steps]
@@ -251,9 +259,9 @@ class Pipeline:
         for folder in map(pathlib.Path, self.config.beside):
             theirs = Workdir(folder)
             same = sources.same_samples(theirs, self.resolved, self.digests)
-            source = theirs.samples / self._npz("fp", steps).name
+            source = theirs.samples / self._npz(FULL_PRECISION, steps).name
             if same and source.exists():
-                with files.atomic_path(self._npz("fp", steps)) as partial:
+                with files.atomic_path(self._npz(FULL_PRECISION, steps)) as partial:
                     try:
                         os.link(source, partial)
                     except OSError:  # another file system
@@ -265,10 +273,10 @@ class Pipeline:
         """The first images of every model and the names of their classes."""
         c = self.config.sample
         count = min(c.grid_images, c.num_images)
-        images = {name: npz.read_head(self._npz(name, c.steps), count) for name in MODELS}
-        labels = generation.class_labels(c.labels, self.key(SAMPLES), np.arange(count), model.num_classes)
-        names = list(self.config.evaluation.class_names)
-        return images, [names[i] if i < len(names) else f"class {i}" for i in labels]
+        images = {name: npz.read_head(self._npz(name, c.steps), count) for name in self.names}
+        conditioning = as_network(model).conditioning
+        cond = conditioning.choose(c.labels, self.key(SAMPLES), np.arange(count))
+        return images, conditioning.titles(cond, list(self.config.evaluation.class_names))
 
     def evaluate(self) -> None:
         begun = time.perf_counter()
@@ -280,26 +288,24 @@ class Pipeline:
             held_out = held_out_agreement(
                 model,
                 teacher,
-                {"kmeans": self.kmeans, "hard": packed},
+                {self.names[1]: self.first, self.names[-1]: packed},
                 self.config.calibration.cfg_scale,
                 self.key(HELD_OUT),
             )
             size = sizes(packed)
             quality = {
-                (name, steps): self._quality(name, steps)
-                for steps in self._all_steps()
-                for name in (MODELS if steps == self.config.sample.steps else METHODS)
+                (name, steps): self._quality(name, steps) for steps in self._all_steps() for name in self._names(steps)
             }
             rows = [
                 summary.table_row(name, steps, self.config, size, found)
                 for (name, steps), found in quality.items()
-                if name in METHODS
+                if name in (self.names[0], self.names[-1])
             ]
             rows += [row for folder in self.config.beside for row in files.read_json(Workdir(folder).table_json, list)]
             files.write_json(self.dir.table_json, rows)
             title = _title(self.config, model)
             files.write_text(self.dir.table, reporting.markdown(title, rows, self.command))
-            main = {name: quality[name, self.config.sample.steps] for name in MODELS}
+            main = {name: quality[name, self.config.sample.steps] for name in self.names}
             log = methods.read_log(self.dir.log)
             seconds = time.perf_counter() - begun
             files.write_json(
@@ -308,7 +314,7 @@ class Pipeline:
 
     def _quality(self, name: str, steps: int) -> dict[str, Any]:
         """The figures of one set of samples, and under "reasons" why some are null."""
-        original = None if name == "fp" else self._npz("fp", steps)
+        original = None if name == FULL_PRECISION else self._npz(FULL_PRECISION, steps)
         judge = self.judge
         found, reasons = evaluation.evaluate_with_reasons(
             self._npz(name, steps), judge.classifier, judge.reference, original
@@ -340,12 +346,10 @@ def load_teacher(c: Any, key: jax.Array) -> tuple[DiT, Any]:
     """The model that a config's `model` section names, in float32."""
     if c.random_init:
         overrides = {"input_size": c.input_size}
-        overrides |= {name: c[name] for name in ("depth", "num_heads", "num_classes") if c[name]}
+        overrides |= {name: c[name] for name in ("depth", *dit.SETTINGS) if c[name]}
         model = variant(c.variant, **overrides)
-        x, label = jnp.zeros((1, c.input_size, c.input_size, model.in_channels)), jnp.zeros((1,), jnp.int32)
-        shapes = jax.eval_shape(model.init, jax.random.key(0), x, label, label)["params"]
-        return model, random_params(shapes, key)
-    return sources.open_pretrained(c.checkpoint, c.variant, c.num_heads, c.num_classes)
+        return model, random_params(parameter_shapes(model), key)
+    return sources.open_pretrained(c.checkpoint, c.variant, **{name: c[name] for name in dit.SETTINGS})
 
 
 def _title(config: Any, model: DiT) -> str:

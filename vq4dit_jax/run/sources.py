@@ -75,12 +75,14 @@ def same_samples(other: Workdir, config: dict[str, Any], digests: dict[str, str]
     return model(theirs) == model(config) and all(theirs[key] == config[key] for key in ("seed", "sample"))
 
 
-def open_pretrained(path: str, variant: str | None, num_heads: int | None, num_classes: int | None) -> tuple[DiT, Any]:
-    """A full-precision model: a file or folder of any known layout, `asset:NAME`, or `official:NAME`."""
+def open_pretrained(path: str, variant: str | None = None, **settings: Any) -> tuple[Any, Any]:
+    """A full-precision model: a file or folder of any known layout, `asset:NAME`, or `official:NAME`.
+
+    `settings`: keywords of `convert.load.load_pretrained`; 0 and None are left to the file.
+    """
     from convert.load import load_pretrained
 
-    found = locate(path)
-    return load_pretrained(found, variant or None, num_heads=num_heads or None, num_classes=num_classes or None)
+    return load_pretrained(locate(path), variant or None, **{name: value or None for name, value in settings.items()})
 
 
 def open_model(path: str, variant: str | None = None, num_heads: int | None = None) -> tuple[DiT, Any]:
@@ -93,7 +95,7 @@ def open_model(path: str, variant: str | None = None, num_heads: int | None = No
         return checkpoint.load_quantized(file)[:2]
     if file.suffix == ".safetensors" and _has_manifest(file):
         return checkpoint.load_safetensors(file)[:2]
-    return open_pretrained(path, variant, num_heads, None)
+    return open_pretrained(path, variant, num_heads=num_heads)
 
 
 def _has_manifest(file: pathlib.Path) -> bool:

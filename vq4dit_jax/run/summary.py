@@ -3,13 +3,11 @@
 from typing import Any
 
 from vq4dit_jax import files
+from vq4dit_jax.methods.method import FULL_PRECISION, TITLES
 from vq4dit_jax.qarray.tree import Sizes
 from vq4dit_jax.run.workdir import Workdir
 from vq4dit_jax.storage import provenance
 
-MODELS = ("fp", "kmeans", "vq4dit")
-METHODS = {"fp": "full precision", "vq4dit": "VQ4DiT"}
-"""The models of the table."""
 _QUALITY = ("fd", "sfd", "is", "precision", "recall", "psnr_to_fp_db", "num_images", "features")
 
 
@@ -26,10 +24,12 @@ def metrics(
     """metrics.json, format 1.
 
     Args:
-      quality: model of MODELS -> what `evaluation.evaluate` found at the config's own number of steps.
-      held_out: "kmeans" and "hard" -> (L_d, relative error of the guided noise prediction).
+      quality: name of each model -> what `evaluation.evaluate` found at the config's own number of steps.
+      held_out: name of the first and of the final quantized model -> (L_d, relative error of the guided prediction).
       log: the lines of train_log.jsonl.
     """
+    last = log[-1] if log else {}
+    first, *_, final = [*held_out.values()] * (2 if len(held_out) == 1 else 1)
     return {
         "format": 1,
         "model": {
@@ -47,14 +47,14 @@ def metrics(
         },
         "quality": {name: {key: found[key] for key in _QUALITY} for name, found in quality.items()},
         "calibration": {
-            "steps": log[-1]["step"],
-            "l_d_last": log[-1]["l_d"],
-            "l_r_last": log[-1]["l_r"],
-            "frozen_fraction": log[-1]["frozen_fraction"],
-            "kmeans_l_d": held_out["kmeans"][0],
-            "hard_l_d": held_out["hard"][0],
-            "kmeans_eps_error": held_out["kmeans"][1],
-            "hard_eps_error": held_out["hard"][1],
+            "steps": last.get("step", 0),
+            "l_d_last": last.get("l_d"),
+            "l_r_last": last.get("l_r"),
+            "frozen_fraction": last.get("frozen_fraction"),
+            "kmeans_l_d": first[0],
+            "hard_l_d": final[0],
+            "kmeans_eps_error": first[1],
+            "hard_eps_error": final[1],
         },
         "time_s": {**_times(workdir, log), "evaluate": round(evaluate_seconds, 3)},
         "recipe": {
@@ -77,12 +77,12 @@ def _times(workdir: Workdir, log: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def table_row(name: str, steps: int, config: Any, size: Sizes, found: dict[str, Any]) -> dict[str, Any]:
-    """A row of table.json (see `reporting.table`): one model of METHODS, sampled in `steps`."""
+    """A row of table.json (see `reporting.table`): full precision or the final model, sampled in `steps`."""
     packed = size.assignment_bytes + size.codebook_bytes + size.other_bytes
     return {
-        "method": METHODS[name],
-        "bits": 32.0 if name == "fp" else float(round(size.bits_per_quantized_weight, 1)),
-        "bytes": 4 * size.parameters if name == "fp" else packed,
+        "method": TITLES.get(name, name),
+        "bits": 32.0 if name == FULL_PRECISION else float(round(size.bits_per_quantized_weight, 1)),
+        "bytes": 4 * size.parameters if name == FULL_PRECISION else packed,
         "steps": steps,
         "sampler": config.sample.sampler,
         "cfg_scale": config.sample.cfg_scale,

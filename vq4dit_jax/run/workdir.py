@@ -17,12 +17,12 @@ FORMAT = 2
 OWN_KEYS = ("format", "version", "sources")
 """Keys of config.json beside those of the config."""
 READS = {
-    "quantize": ("seed", "model", "quantize"),
-    "calibrate": ("seed", "model", "quantize", "calibration"),
-    "export": ("seed", "model", "quantize", "calibration"),
-    "sample": ("seed", "model", "quantize", "calibration", "sample", "evaluation.class_names"),
-    "evaluate": ("seed", "model", "quantize", "calibration", "sample", "evaluation", "beside"),
-    "report": ("seed", "model", "quantize", "calibration", "sample", "evaluation", "beside"),
+    "quantize": ("seed", "method", "model", "quantize"),
+    "calibrate": ("seed", "method", "model", "quantize", "calibration"),
+    "export": ("seed", "method", "model", "quantize", "calibration"),
+    "sample": ("seed", "method", "model", "quantize", "calibration", "sample", "evaluation.class_names"),
+    "evaluate": ("seed", "method", "model", "quantize", "calibration", "sample", "evaluation", "beside"),
+    "report": ("seed", "method", "model", "quantize", "calibration", "sample", "evaluation", "beside"),
 }
 """Stage -> the sections and keys of the config that decide its result, those of the stages before it among them."""
 NOT_READ = {"quantize": ("model.vae",), "calibrate": ("model.vae", "calibration.save_every"), "export": ("model.vae",)}
@@ -47,6 +47,10 @@ class Workdir:
         self.table = self.root / "table.md"
         self.table_json = self.root / "table.json"
         self.report = self.root / "report.html"
+
+    def made(self, name: str) -> pathlib.Path:
+        """The folder of a model of the run, by its name in the metrics."""
+        return self.calibration / name
 
     @contextlib.contextmanager
     def claim(self, resolved: dict[str, Any], digests: Callable[[], dict[str, str]]) -> Iterator[bool]:

@@ -13,6 +13,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from vq4dit_jax import files
 from vq4dit_jax.errors import InputError
 from vq4dit_jax.networks.registry import Model, describe
 from vq4dit_jax.qarray import integer, vq  # noqa: F401  (they register their kinds)
