@@ -5,7 +5,6 @@ do not tell which. Facts do: what the caller says, the training arguments, a con
 of exactly 1000 rows is ImageNet's without a null row. Without any fact the last row is the null label.
 """
 
-import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -18,12 +17,11 @@ _DROPOUTS = ("class_dropout_prob", "cfg_prob")  # DiT's and SiT's name, and REPA
 
 
 class Classes(NamedTuple):
+    """A table's classes; `note` says where the file's own facts were not believed."""
+
     num_classes: int
     null_label: bool
-
-    @property
-    def rows(self) -> int:
-        return self.num_classes + self.null_label
+    note: str = ""
 
 
 def count_classes(checkpoint: Checkpoint, name: str, rows: int, num_classes: int | None) -> Classes:
@@ -46,10 +44,8 @@ def count_classes(checkpoint: Checkpoint, name: str, rows: int, num_classes: int
         agreeing = [c for c in possible if c.num_classes == told]
         if agreeing:
             return agreeing[0]
-        print(
-            f"{checkpoint.path}: its arguments say {told:g} classes, but {name} has {rows} rows; the table is believed",
-            file=sys.stderr,
-        )
+        note = f"its arguments say {told:g} classes, but {name} has {rows} rows; the table is believed"
+        possible = [c._replace(note=note) for c in possible]
     dropout = _number(checkpoint.facts, _DROPOUTS)
     if dropout is not None or rows == _PUBLISHED:
         null_label = dropout is not None and dropout > 0

@@ -4,8 +4,9 @@ import dataclasses
 import functools
 import math
 import os
+import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -57,13 +58,13 @@ def load_pretrained(
 
     Returns:
       The module and its parameters, jax arrays on the default device, blocks stacked on a leading axis. While
-      loading, at most one leaf is in memory twice.
+      loading, at most one leaf is in memory twice. Lines on stderr say which of several weights were taken.
 
     Raises:
       InputError: whatever is wrong with the file or does not fit, in one line with the parameter's name.
       MissingExtraError: the file is PyTorch's and torch is not installed.
     """
-    checkpoint, layout, model = describe(
+    checkpoint, layout, model, notes = describe(
         files.resolve(os.fspath(path)),
         variant,
         num_heads=num_heads,
@@ -76,7 +77,20 @@ def load_pretrained(
         leaves[leaf_path] = jax.block_until_ready(jax.device_put(leaf))  # jnp.asarray would copy twice
         del leaf  # before the next one is read
     leaves.setdefault("pos_embed", jnp.asarray(sincos_positions(model.grid, model.hidden_size), dtype))
+    for note in notes:  # not before all is well: a refusal is one line
+        print(f"{checkpoint.path}: {note}", file=sys.stderr)
     return model, unflatten_dict(leaves, sep="/")
+
+
+class Described(NamedTuple):
+    """A checkpoint whose every name and shape has been checked: the weights to read, their layout, and the module that
+    they fit; `notes` say in a line each what was chosen or left out.
+    """
+
+    checkpoint: Checkpoint
+    layout: Layout
+    model: DiT
+    notes: list[str]
 
 
 def describe(
@@ -87,8 +101,8 @@ def describe(
     num_classes: int | None = None,
     input_size: int | None = None,
     predicts: str | None = None,
-) -> tuple[Checkpoint, Layout, DiT]:
-    """Opens a checkpoint and checks every name and shape: the weights to read, their layout, and the module that they fit."""
+) -> Described:
+    """Opens a checkpoint and checks it; arguments and errors are `load_pretrained`'s."""
     if variant is not None and variant not in VARIANTS and variant not in FAMILIES:
         raise InputError(f"no variant {variant!r}; known: {', '.join(VARIANTS)}")
     starts = [f"{layout.block_prefix}0." for layout in _LAYOUTS]
@@ -96,8 +110,10 @@ def describe(
     layout = _recognise(checkpoint)
     checkpoint = dataclasses.replace(checkpoint, config=_own_config(checkpoint, layout))
     trained = sit.training(checkpoint, variant, predicts)
+    notes = [f"taking the weights under {checkpoint.wrapper!r}"] if checkpoint.wrapper else []
     if trained.predicts == "flow":
-        checkpoint = sit.without_heads(checkpoint)
+        checkpoint, said = sit.without_heads(checkpoint)
+        notes += said
     sit.check_attention(checkpoint)
     depth = layout.depth(checkpoint)
     layout.check_names(checkpoint, depth)
@@ -112,6 +128,7 @@ def describe(
             raise InputError(f"{checkpoint.path}: has {_spell(sizes)}, but {variant} has {_spell(wanted)}")
     name, (rows, _) = layout.first(checkpoint, "y_embedder/embedding_table/embedding")
     classes = count_classes(checkpoint, name, rows, num_classes)
+    notes += [classes.note] if classes.note else []
     model = DiT(
         **sizes,
         in_channels=channels,
@@ -127,7 +144,7 @@ def describe(
         norm_eps = diffusers.check_config(checkpoint.path, checkpoint.config)
         model = model.clone(freq_shift=diffusers.FREQ_SHIFT, norm2_eps=norm_eps)
     layout.check_shapes(checkpoint, depth, _leaf_shapes(model))
-    return sit.forwards(checkpoint) if trained.backwards else checkpoint, layout, model
+    return Described(sit.forwards(checkpoint) if trained.backwards else checkpoint, layout, model, notes)
 
 
 def _recognise(checkpoint: Checkpoint) -> Layout:

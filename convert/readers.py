@@ -7,7 +7,6 @@ tell what it is, not its name. Every failure is an `InputError` in one line.
 import dataclasses
 import os
 import pathlib
-import sys
 from collections.abc import Collection, Sequence
 
 from convert.checkpoint import Checkpoint, read_json
@@ -18,7 +17,7 @@ from vq4dit_jax.errors import InputError
 
 
 def open_checkpoint(path: str | os.PathLike, starts: Sequence[str] = (), classes: Collection[str] = ()) -> Checkpoint:
-    """Opens a file or a folder. Where weights were chosen among several, one line on stderr says which.
+    """Opens a file or a folder. Where weights were chosen among several, `wrapper` says which.
 
     Args:
       path: a file of weights, an `.index.json` of shards, a model's folder, or a pipeline's.
@@ -33,10 +32,7 @@ def open_checkpoint(path: str | os.PathLike, starts: Sequence[str] = (), classes
         checkpoint = dataclasses.replace(open_weights(path), config=_config_beside(path, classes))
     else:
         raise InputError(f"{path}: no such file or folder")
-    checkpoint = strip_prefix(checkpoint, starts) if starts else checkpoint
-    if checkpoint.wrapper:
-        print(f"{checkpoint.path}: taking the weights under {checkpoint.wrapper!r}", file=sys.stderr)
-    return checkpoint
+    return strip_prefix(checkpoint, starts) if starts else checkpoint
 
 
 def _config_beside(path: pathlib.Path, classes: Collection[str]) -> dict:

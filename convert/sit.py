@@ -17,7 +17,6 @@ Its class labels are laid out as DiT's.
 import dataclasses
 import math
 import re
-import sys
 from typing import NamedTuple
 
 import numpy as np
@@ -110,16 +109,12 @@ def _direction(checkpoint: Checkpoint, told: dict[str, str], says: str) -> bool:
     return _VELOCITY[prediction]
 
 
-def without_heads(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint without REPA's projectors; a line on stderr says so."""
-    heads = [name for name in checkpoint.shapes if name.startswith(_HEADS)]
-    if not heads:
-        return checkpoint
-    print(
-        f"{checkpoint.path}: leaving out {len(heads)} parameters of {_HEADS}*, REPA's training heads", file=sys.stderr
-    )
-    shapes = {name: shape for name, shape in checkpoint.shapes.items() if name not in heads}
-    return dataclasses.replace(checkpoint, shapes=shapes)
+def without_heads(checkpoint: Checkpoint) -> tuple[Checkpoint, list[str]]:
+    """The checkpoint without REPA's projectors, and a line that says so where there were some."""
+    shapes = {name: shape for name, shape in checkpoint.shapes.items() if not name.startswith(_HEADS)}
+    count = len(checkpoint.shapes) - len(shapes)
+    said = [f"leaving out {count} parameters of {_HEADS}*, REPA's training heads"] if count else []
+    return dataclasses.replace(checkpoint, shapes=shapes), said
 
 
 def check_attention(checkpoint: Checkpoint) -> None:

@@ -40,7 +40,7 @@ def to_safetensors(
     """
     from safetensors.numpy import save_file
 
-    checkpoint, layout, model = describe(source, variant, num_heads=num_heads, num_classes=num_classes)
+    checkpoint, layout, model, notes = describe(source, variant, num_heads=num_heads, num_classes=num_classes)
     if layout is not FACEBOOK:
         raise InputError(f"{source}: {layout.name} layout; only {FACEBOOK.name} checkpoints are rewritten")
     names = (name for rule in layout.rules for name in rule.names(model.depth))
@@ -53,6 +53,8 @@ def to_safetensors(
     with atomic_path(target) as partial:
         save_file(tensors, partial, metadata={key: value for key, value in metadata.items() if value is not None})
         partial.chmod(0o644)  # save_file lets only the owner read
+    for note in notes:
+        print(f"{checkpoint.path}: {note}", file=sys.stderr)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -589,6 +589,13 @@ def test_ema_weights_without_names_are_not_passed_over(torch, save_torch):
     refused(save_torch({"model": tensors(torch), "ema_params": ema["shadow_params"]}), "'ema_params'", "without names")
 
 
+def test_a_refusal_is_one_line_also_where_weights_were_chosen(torch, save_torch, capsys):
+    w = tensors(torch)
+    for bad in (torch.ones(3), torch.full((8 * PATCH**2,), float("nan"))):
+        refused(save_torch({"ema": w | {"final_layer.linear.bias": bad}, "args": {"num_classes": 7}}), "final_layer")
+    assert not capsys.readouterr().err
+
+
 def test_several_models_and_no_ema(torch, save_torch):
     refused(
         save_torch({"teacher": tensors(torch), "student": tensors(torch)}), "'teacher', 'student'", "save one of them"
