@@ -188,8 +188,8 @@ class DiT(nn.Module):
     in any. `freq_shift` and `norm2_eps` differ in checkpoints made for diffusers' own module. `remat` recomputes
     each block in a backward pass. Without `null_label` it was trained without dropping labels and cannot be guided.
 
-    With predicts="flow" it is a SiT (Ma et al. 2024, arXiv 2401.08740): t is in [0, 1], `data_time` the time of data (1; of
-    REPA's checkpoints 0), and the output is the velocity (B, H, W, C); what learn_sigma adds was never trained and is cut off.
+    With predicts="flow" it is a SiT (Ma et al. 2024, arXiv 2401.08740): t is in [0, 1], noise at 0 and data at 1, and the output
+    is the velocity (B, H, W, C); what learn_sigma adds was never trained and is cut off.
     """
 
     input_size: int = 32
@@ -205,7 +205,6 @@ class DiT(nn.Module):
     norm2_eps: float = _NORM_EPS
     null_label: bool = True
     predicts: str = "eps"
-    data_time: int = 1
     dtype: Any = jnp.float32
     remat: bool = False
 
@@ -345,7 +344,7 @@ class DiT(nn.Module):
             _Apply(self),
             (self.input_size, self.input_size, self.in_channels),
             ClassLabels(self.num_classes, self.null_label),
-            Process(self.predicts, learned, data_time=self.data_time),
+            Process(self.predicts, learned),
             Guidance(self.guided_channels),
             (Stack("blocks", self.depth, ROLES),),
             _Predict(self),
