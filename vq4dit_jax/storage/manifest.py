@@ -13,6 +13,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from vq4dit_jax import files
 from vq4dit_jax.errors import InputError
 from vq4dit_jax.networks.registry import Model, describe
 from vq4dit_jax.qarray import integer, vq  # noqa: F401  (they register their kinds)
@@ -51,8 +52,8 @@ def make(model: Model, quantized: dict[str, Any], mixed: dict[str, int], extra: 
         ) from None
 
 
-def parse(text: str, source: str) -> dict[str, Any]:
-    """The JSON object of a manifest; InputError where it is none."""
+def parse(text: str, source: str) -> Any:
+    """The JSON value of a manifest, for `read`; InputError where it is none."""
     if len(text) > _LARGEST:
         raise InputError(f"{source}: its manifest has {len(text)} characters; wanted at most {_LARGEST}")
     try:
