@@ -275,7 +275,7 @@ FIELDS = ("model", "fields")
         (_set(*FC1, []), "the facts of blocks/mlp/fc1/kernel are a list"),
         (_set(*FC1, "kind", KeyError), "of kind 'None'"),
         (_set(*FC1, "kind", "int"), "bits=None"),
-        (_set(*FC1, "kind", "soft"), "kind 'soft' is not stored"),
+        (_set(*FC1, "kind", "soft"), "kind 'soft'"),
         (_set(*FC1, "shape", KeyError), "shape=None"),
         (_set(*FC1, "shape", [64, "32"]), "shape='32'"),
         (_set(*FC1, "shape", [64, 10**12]), "shape=1000000000000"),

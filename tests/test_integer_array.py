@@ -141,14 +141,16 @@ def test_the_kernels_form_is_the_same_weight(spec, dtype, as_one):
     leaf = vq.IntSpec(*spec, "symmetric").quantize(weight, jax.random.key(0))
     packed, row_scale = leaf.prepare(jnp.int8, as_one=as_one)
     assert type(packed).__name__ == dtype
-    wanted = np.asarray(leaf.decode())
-    for layer in range(1 if as_one else 2):
-        found = np.asarray(packed.dense(jnp.asarray([layer])), np.float32).reshape(-1, 200)
-        if row_scale is not None:
-            found = found * np.asarray(row_scale).reshape(len(found) // 64 if as_one else 2, -1)[
-                slice(None) if as_one else layer
-            ].reshape(-1, 1)
-        np.testing.assert_allclose(found, (wanted.reshape(-1, 200) if as_one else wanted[layer]), rtol=1e-6, atol=1e-6)
+    layers = 1 if as_one else 2
+    wanted = np.asarray(leaf.decode()).reshape(layers, -1, 200)
+    for layer in range(layers):
+        if row_scale is None:  # a scale for each 128 inputs
+            values, scales = packed.dense(jnp.asarray(layer))
+            found = np.asarray(values, np.float32) * np.repeat(np.asarray(scales).T, 128, axis=1)
+        else:
+            values = packed.dense(jnp.asarray(layer))
+            found = np.asarray(values, np.float32) * row_scale.reshape(layers, -1, 1)[layer]
+        np.testing.assert_allclose(found[:, :200], wanted[layer], rtol=1e-6, atol=1e-6)
 
 
 def test_forms_that_the_kernels_do_not_have_are_refused():

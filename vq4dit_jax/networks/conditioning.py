@@ -67,7 +67,7 @@ class ClassLabels:
             raise InputError(f"labels={spec}: wanted classes 0..{self.num_classes - 1}")
         return chosen[indices % len(chosen)]
 
-    def null(self, params: Any, cond: Int[Array, " B"]) -> Int[Array, " B"]:
+    def null(self, params: Any, cond: Int[Array, " B"] | Int[np.ndarray, " B"]) -> Int[Array, " B"]:
         if not self.has_null:
             raise InputError(
                 "cfg_scale: this network has no null label (it was trained without dropping labels), so it cannot be guided; "

@@ -59,7 +59,7 @@ def make_manifest(model: Model, params: Any, extra: dict[str, Any] | None = None
     return manifests.make(model, quantized, mixed, extra)
 
 
-def _rebuild(arrays: dict[str, Any], manifest: dict[str, Any], source: str) -> tuple[Model, dict[str, Any]]:
+def _rebuild(arrays: dict[str, Any], manifest: Any, source: str) -> tuple[Model, dict[str, Any]]:
     """Arrays and manifest back to (model, params), validated."""
     read = manifests.read(manifest, source)
     model = restore(read.model, source)

@@ -52,8 +52,8 @@ def make(model: Model, quantized: dict[str, Any], mixed: dict[str, int], extra: 
         ) from None
 
 
-def parse(text: str, source: str) -> dict[str, Any]:
-    """The JSON object of a manifest; InputError where it is none."""
+def parse(text: str, source: str) -> Any:
+    """The JSON value of a manifest, for `read`; InputError where it is none."""
     if len(text) > _LARGEST:
         raise InputError(f"{source}: its manifest has {len(text)} characters; wanted at most {_LARGEST}")
     try:
