@@ -86,7 +86,7 @@ def class_labels(labels: str, key: jax.Array, indices: Int[np.ndarray, " B"], cl
         return np.asarray(jax.vmap(lambda k: jax.random.randint(k, (), 0, classes, jnp.int32))(keys))
     try:
         chosen = np.asarray([int(label) for label in labels.split(",")], np.int32)
-    except ValueError:
+    except (ValueError, OverflowError):
         raise InputError(f"labels={labels}: wanted balanced, random, or class numbers such as 207,360,387") from None
     if chosen.min() < 0 or chosen.max() >= classes:
         raise InputError(f"labels={labels}: wanted classes 0..{classes - 1}")
