@@ -274,7 +274,7 @@ def _model_config(**changes):
     return config
 
 
-@pytest.mark.parametrize("labels", ["abc", "3,5", "-1", ""])
+@pytest.mark.parametrize("labels", ["abc", "3,5", "-1", "", "99999999999"])
 def test_labels_are_held_against_the_classes_of_the_model(labels):
     model, params = tiny()
     checks.check(_model_config(sample__labels="4,0"), model, params)

@@ -61,7 +61,7 @@ class ClassLabels:
             return np.asarray(self.draw(image_keys(key, indices)))
         try:
             chosen = np.asarray([int(label) for label in spec.split(",")], np.int32)
-        except ValueError:
+        except (ValueError, OverflowError):
             raise InputError(f"labels={spec}: wanted balanced, random, or class numbers such as 207,360,387") from None
         if chosen.min() < 0 or chosen.max() >= self.num_classes:
             raise InputError(f"labels={spec}: wanted classes 0..{self.num_classes - 1}")

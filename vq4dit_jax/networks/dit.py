@@ -389,10 +389,12 @@ class _Hoist:
 
 
 def variant(name: str, **overrides: Any) -> DiT:
-    """`variant("DiT-XL/2", input_size=64)`; KeyError names the known ones."""
-    if name not in DIT_VARIANTS:
-        raise KeyError(f"no variant {name!r}; known: {', '.join(DIT_VARIANTS)}")
-    return DiT(**{**DIT_VARIANTS[name], **overrides})
+    """`variant("DiT-XL/2", input_size=64)`, or "SiT-XL/2", the same module as a flow; KeyError names the known ones."""
+    sizes = DIT_VARIANTS.get(name.replace("SiT-", "DiT-", 1))
+    if sizes is None:
+        raise KeyError(f"no variant {name!r}; known: {', '.join(DIT_VARIANTS)}, and SiT of the same sizes")
+    flow = {"predicts": "flow"} if name.startswith("SiT-") else {}
+    return DiT(**{**sizes, **flow, **overrides})
 
 
 def parameter_shapes(model: DiT) -> Any:
