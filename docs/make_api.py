@@ -110,7 +110,8 @@ def entry(name: str, value: Any, module: str) -> str:
         first = sections(value.__doc__ or "").split("\n\n")[0]
         return f"### `{name}`\n\nThe package `{module}`. {first}\n"
     if not callable(value):
-        return f"### `{name}`\n\nA constant of `{module}`: {_constant(value)}.\n"
+        text = f"a {type(value).__name__} of {len(value)}" if isinstance(value, dict) else _constant(value)
+        return f"### `{name}`\n\nA constant of `{module}`: {text}.\n"
     # A dataclass without a docstring gets its signature for one; that of a class is not inherited.
     doc = (value.__dict__.get("__doc__") if isinstance(value, type) else value.__doc__) or ""
     text = "" if doc.startswith(f"{name}(") else sections(doc)
