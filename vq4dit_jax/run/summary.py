@@ -19,6 +19,7 @@ def metrics(
     quality: dict[str, dict[str, Any]],
     held_out: dict[str, tuple[float, float]],
     log: list[dict[str, Any]],
+    reports: list[dict[str, Any]],
     evaluate_seconds: float,
 ) -> dict[str, Any]:
     """metrics.json, format 1.
@@ -27,6 +28,7 @@ def metrics(
       quality: name of each model -> what `evaluation.evaluate` found at the config's own number of steps.
       held_out: name of the first and of the final quantized model -> (L_d, relative error of the guided prediction).
       log: the lines of train_log.jsonl.
+      reports: of the passes after the first model.
     """
     last = log[-1] if log else {}
     first, *_, final = [*held_out.values()] * (2 if len(held_out) == 1 else 1)
@@ -56,7 +58,7 @@ def metrics(
             "kmeans_eps_error": first[1],
             "hard_eps_error": final[1],
         },
-        "time_s": {**_times(workdir, log), "evaluate": round(evaluate_seconds, 3)},
+        "time_s": {**_times(workdir, log, reports), "evaluate": round(evaluate_seconds, 3)},
         "recipe": {
             "sampler": config.sample.sampler,
             "steps": config.sample.steps,
@@ -69,11 +71,17 @@ def metrics(
     }
 
 
-def _times(workdir: Workdir, log: list[dict[str, Any]]) -> dict[str, float]:
-    """Seconds of the stages before `evaluate`; calibration counts the steps of all its attempts that were kept."""
+def calibration_seconds(log: list[dict[str, Any]], reports: list[dict[str, Any]]) -> float:
+    """Seconds of the passes after the first model; of gradient steps those of all attempts that were kept."""
+    others = sum(report["seconds"] for report in reports if "step" not in report)
+    return round(others + sum(line["seconds"] for line in log), 3)
+
+
+def _times(workdir: Workdir, log: list[dict[str, Any]], reports: list[dict[str, Any]]) -> dict[str, float]:
+    """Seconds of the stages before `evaluate`."""
     names = {"quantize": "kmeans"}
     times = {names.get(s, s): seconds for s, seconds in workdir.done().items() if s not in ("evaluate", "report")}
-    return {**times, "calibrate": round(sum(line["seconds"] for line in log), 3)}
+    return {**times, "calibrate": calibration_seconds(log, reports)}
 
 
 def table_row(name: str, steps: int, config: Any, size: Sizes, found: dict[str, Any]) -> dict[str, Any]:
