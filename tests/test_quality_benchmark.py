@@ -386,10 +386,12 @@ def test_a_case_that_fails_is_named_and_the_others_are_made(config, capsys, tmp_
     assert "quantize ended with code -9" in (tmp_path / "table.md").read_text()
 
 
-def test_the_readme_has_the_figures_of_the_results():
+def test_the_readme_and_its_page_have_the_figures_of_the_results():
     """Also where the table is being made: its rows so far."""
     kept = _read(ROOT / "benchmarks" / "results" / "quality_cifar10" / "table.json")
-    assert table.short(kept) in (ROOT / "README.md").read_text()
+    five = table.short(kept, table.README)
+    assert five.count("\n") == 6 and five in (ROOT / "README.md").read_text()
+    assert table.short(kept) in (ROOT / "docs" / "quality.md").read_text()
     assert table.markdown(kept) == (ROOT / "benchmarks" / "results" / "quality_cifar10" / "table.md").read_text()
 
 
