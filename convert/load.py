@@ -23,7 +23,8 @@ from convert.readers import open_checkpoint
 from convert.sit import FAMILIES, VARIANTS
 from vq4dit_jax import files
 from vq4dit_jax.errors import InputError
-from vq4dit_jax.networks.dit import DiT, sincos_positions
+from vq4dit_jax.networks.dit import DiT
+from vq4dit_jax.networks.layers import sincos_positions
 
 _LAYOUTS = (FACEBOOK, DIFFUSERS)
 _MAX_INPUT_SIZE = 4096  # a position table of more is a mistake in a config

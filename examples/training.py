@@ -22,7 +22,8 @@ from vq4dit_jax.diffusion import sampling
 from vq4dit_jax.diffusion import schedule as diffusion
 from vq4dit_jax.errors import InputError
 from vq4dit_jax.methods.loop import read_log
-from vq4dit_jax.networks.dit import DiT, sincos_positions
+from vq4dit_jax.networks.dit import DiT
+from vq4dit_jax.networks.layers import sincos_positions
 from vq4dit_jax.progress import progress
 from vq4dit_jax.storage import checkpoint
 

@@ -113,10 +113,7 @@ def quantize_tokens(x: Float[Array, "M D"], dtype: Any) -> tuple[Num[Array, "M D
     """Each token symmetrically to 8 bits, as `norm` does; unchanged where `dtype` is bfloat16."""
     if jnp.dtype(dtype).itemsize == 2:
         return x.astype(dtype), None
-    wide = x.astype(jnp.float32)
-    limit = reference_norm.largest_quantized(dtype)
-    scale = jnp.maximum(jnp.abs(wide).max(-1) / limit, reference_norm.SMALLEST_TOKEN_SCALE)
-    return saturate(wide * (1 / scale)[:, None], dtype), scale
+    return reference_norm.quantize_tokens(x, dtype)
 
 
 def attention(

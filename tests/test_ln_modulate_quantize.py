@@ -15,7 +15,7 @@ from benchmarks.aot import compiler
 from pallas_kernels import reference_norm
 from pallas_kernels.mosaic import compat
 from pallas_kernels.mosaic import ln_modulate_quantize as mosaic
-from vq4dit_jax.networks import dit
+from vq4dit_jax.networks import layers
 
 INT8, E4M3, BF16 = jnp.int8, jnp.float8_e4m3fn, jnp.bfloat16
 needs_compiler = pytest.mark.skipif(compiler.unavailable() is not None, reason=str(compiler.unavailable()))
@@ -81,7 +81,7 @@ def test_without_quantization_it_is_what_a_block_computes():
     ours = run(reference_norm.ln_modulate_quantize, (x, modulation, layer), tokens=16, dtype=BF16, **where)
     own = modulation[:3].reshape(3, 2, 6, 64)[:, layer[0]].astype(np.float32)
     shift, scale = jnp.asarray(own[:, 3]), jnp.asarray(own[:, 4])
-    blocks = dit.modulate(dit.layer_norm(jnp.asarray(x, jnp.float32).reshape(3, 16, 64), 1e-6), shift, scale)
+    blocks = layers.modulate(layers.layer_norm(jnp.asarray(x, jnp.float32).reshape(3, 16, 64), 1e-6), shift, scale)
     np.testing.assert_array_equal(ours, blocks.reshape(48, 64).astype(BF16))
 
 

@@ -13,7 +13,7 @@ from vq4dit_jax import methods
 from vq4dit_jax.diffusion import schedule as diffusion
 from vq4dit_jax.errors import InputError
 from vq4dit_jax.methods.moments import Probe, input_moments
-from vq4dit_jax.networks.dit import layer_norm, modulate
+from vq4dit_jax.networks.layers import layer_norm, modulate
 from vq4dit_jax.qarray.linear import linear
 
 KERNELS = ("attn/qkv", "attn/proj", "mlp/fc1", "mlp/fc2", "adaLN_modulation/1")

@@ -132,6 +132,7 @@ def decode(codes: Array, grid: Grid, group: int | None = None) -> Float[Array, "
     return scale * (codes.astype(jnp.float32) - zero)
 
 
+@functools.partial(jax.jit, static_argnames=("bits", "group"))
 def round_to_nearest(weight: Float[Array, "*stack O I"], grid: Grid, bits: int, group: int | None = None) -> Array:
     """The nearest level of every weight's grid."""
     return decode(codes(weight, grid, bits, group), grid, group)

@@ -20,7 +20,7 @@ MOVED = {
     "vq4dit_jax.models": "vq4dit_jax.networks",
     "vq4dit_jax.models.dit": "vq4dit_jax.networks.dit",
     "vq4dit_jax.pipeline": "vq4dit_jax.run.pipeline",
-    "vq4dit_jax.quantization": "vq4dit_jax.qarray.quantization",
+    "vq4dit_jax.quantization": "vq4dit_jax.qarray.rules",
     "vq4dit_jax.sampling": "vq4dit_jax.diffusion.sampling",
     "vq4dit_jax.vq": "vq4dit_jax.qarray",
 }
