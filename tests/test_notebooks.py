@@ -74,7 +74,7 @@ def test_xl2_runs_small_and_without_a_network(execute):
 
     with Image.open(working / "vq4dit_xl2_256" / "comparison.png") as picture:
         assert picture.width > 2 * 64 and picture.height > 3 * 64
-    assert (working / "vq4dit_xl2_256" / "calibration" / "step_000003").is_dir()
+    assert (working / "vq4dit_xl2_256" / "calibration" / "00_tune_steps" / "step_000003").is_dir()
 
 
 def test_notebooks_are_small_and_name_no_path_of_a_machine():
