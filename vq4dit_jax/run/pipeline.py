@@ -185,11 +185,6 @@ class Pipeline:
             for model in self.models[1:]:
                 params = self._make(model, params, self.key(TRAJECTORIES))
 
-    def calibration_reports(self) -> list[dict[str, Any]]:
-        """The reports of the passes after the first model."""
-        folders = [self.dir.made(model.name) for model in self.models[1:]]
-        return [report for folder in folders for report in checkpoint.load_metadata(folder)["extra"]["passes"]]
-
     def _make(self, made: Model, params: Any, key: jax.Array) -> Any:
         """Runs the passes of a model on the one before it, and keeps the result."""
         model, teacher = self.teacher
@@ -313,9 +308,7 @@ class Pipeline:
             main = {name: quality[name, self.config.sample.steps] for name in self.names}
             log = methods.read_log(self.dir.log)
             seconds = time.perf_counter() - begun
-            found = summary.metrics(
-                self.dir, self.config, title, size, main, held_out, log, self.calibration_reports(), seconds
-            )
+            found = summary.metrics(self.dir, self.config, title, size, main, held_out, log, seconds)
             files.write_json(self.dir.metrics, found)
 
     def _quality(self, name: str, steps: int) -> dict[str, Any]:
