@@ -1,4 +1,4 @@
-"""LayerNorm, adaLN modulation and per-token quantization in one pass, in plain jnp: the definition, and the CPU path."""
+"""LayerNorm, modulation and per-token quantization in one pass, in plain jnp: the definition, and the CPU path."""
 
 from typing import Any
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
 import pallas_kernels
-from vq4dit_jax.codebook.packing import pack_codes, packed_bytes
+from vq4dit_jax.integer.packing import pack_codes, packed_bytes
 
 
 @st.composite

@@ -24,6 +24,7 @@ from benchmarks.quality import chart, figures, rows, stages, table, worth
 from convert.facebook import FACEBOOK
 from convert.layout import CONV, LINEAR, POSITIONS
 from vq4dit_jax import evaluation, methods
+from vq4dit_jax.qarray.tree import sizes
 from vq4dit_jax.run import generation, pipeline, seeds
 from vq4dit_jax.storage import checkpoint
 
@@ -152,7 +153,7 @@ def test_figures_are_those_of_evaluate(finished, network):
 def test_models_are_those_of_their_methods(finished):
     found = {row["name"]: row for row in _read(finished / "table.json")["rows"]}
     assert found["fp"]["size"]["bits_per_quantized_weight"] == 32 and found["fp"]["mean"]["l_d"] == 0
-    counted = methods.rtn(tiny()[1], 4, 16, other_dtype="float16").sizes
+    counted = sizes(methods.rtn(tiny()[1], 4, 16, other_dtype="float16"))
     assert found["rtn"]["size"]["bits_per_quantized_weight"] == counted.bits_per_quantized_weight > 4
     for row in found.values():
         size = row["size"]
@@ -406,6 +407,22 @@ def test_the_shipped_table_resolves(tmp_path):
             assert case.config.seed == case.seed and case.made_from["method"] == row.method
             if row.bits != 32:
                 assert case.config.quantize.bits == row.bits
+
+
+@pytest.mark.parametrize("name", ["cifar10", "ablations"])
+def test_committed_results_are_of_the_rows_that_the_tables_have_now(name):
+    """A key that is younger than they are changes nothing; a value that is another one does."""
+    found = rows.load_table(str(ROOT / f"benchmarks/quality/{name}.py"))
+    folder = ROOT / "benchmarks" / "results" / {"cifar10": "quality_cifar10", "ablations": "ablations_cifar10"}[name]
+    every = [case for row in found.rows for case in rows.cases(found, row, 3, folder)]
+    assert [figures._lacks(case) for case in every] == [None] * len(every)
+    kept = _read(folder / "table.json")
+    assert [row["name"] for row in kept["rows"]] == [row.name for row in found.rows] and not kept["missing"]
+    calibrated = next(case for case in every if case.row.name in ("ours", "ours_w2"))
+    for key, value in (("variance", False), ("steps", 7)):
+        other = {**calibrated.made_from, "calibration": {**calibrated.made_from["calibration"], key: value}}
+        ((differing, _),) = stages.claim(calibrated.model, other).differing()
+        assert differing == f"calibration.{key}"
 
 
 def test_every_ablation_is_another_model(tmp_path):

@@ -5,8 +5,8 @@
 
 Every row at every seed is a process of its own (models: one device with all threads, as a user has it; samples: on a CPU
 a device for each core) and has a folder, DIR/ROW/SEED. Killed anywhere, the same command goes on where it was. A folder
-that was made from another definition (other bits, another recipe) is refused by its name. A key that a recipe has grown
-since is such a difference too; where its value says what was done before, add it to the folder's definition.json.
+that was made from another definition (other bits, another recipe) is refused by its name. A key of the config that is
+younger than a folder has, for that folder, the value that says what was done before there was the key (`rows.filled`).
 
 The table has every row that is done, whatever --rows says, and names what is missing. It is written after each row. A row's
 figures are enough for it: models and images may be removed, but for the few of full precision's that others are compared
@@ -157,8 +157,8 @@ def work(flags: argparse.Namespace, command: str) -> None:
     failures: dict[tuple[str, int], str] = {}
     if not flags.report_only:
         for case in (case for row in chosen for case in row):
-            stages.check(case.model, case.made_from)
-            stages.check(case.samples, case.sampled_from)
+            stages.claim(case.model, case.made_from).check()
+            stages.claim(case.samples, case.sampled_from).check()
         for row in chosen:
             for stage in stages.STAGES:
                 for case in row:

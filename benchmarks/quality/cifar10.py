@@ -8,15 +8,15 @@ Costs: on two CPU cores that have nothing else to do, 25 minutes of sampling a r
 """
 
 from benchmarks.quality.rows import Row, Table
-from vq4dit_jax.methods import codebook_only, dkm
+from vq4dit_jax.methods.vq4dit import CANDIDATES, CODEBOOKS_ONLY
 from vq4dit_jax.run.config import cifar10
 
 OURS = "configs/cifar10_w2.py"
 OURS_FINE = "configs/cifar10_w3.py"
 PAPER = "configs/paper/cifar10_w2.py"
 RELEASED = "configs/released/cifar10_w2.py"
-PQF = {f"calibration.{name}": value for name, value in codebook_only.RECIPE.items()}
-DKM = {f"calibration.{name}": value for name, value in dkm.RECIPE.items()}
+PQF = {f"calibration.{name}": value for name, value in CODEBOOKS_ONLY.items()}
+DKM = {f"calibration.{name}": value for name, value in {**CANDIDATES, "num_candidates": 16}.items()}
 SHORTER = {"calibration.steps": 325}
 WHOLE = {**SHORTER, "calibration.budget": 1.0}  # codebooks within the bits; the default allows them 5 % more
 

@@ -5,14 +5,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import jax
-
 from vq4dit_jax import methods
 from vq4dit_jax.methods.moments import input_moments
 from vq4dit_jax.networks.rules import dit_rules
 from vq4dit_jax.qarray.rules import plan
 from vq4dit_jax.qarray.tree import Sizes, sizes
-from vq4dit_jax.run import config as configs
 from vq4dit_jax.run.pipeline import Pipeline
 from vq4dit_jax.run.seeds import TRAJECTORIES
 from vq4dit_jax.storage import checkpoint
@@ -23,7 +20,7 @@ class Built:
     """A model.
 
     Attributes:
-      params: a tree that `checkpoint.save_quantized` takes: `VQArray` leaves, or dense ones of weights on a grid.
+      params: a tree that `checkpoint.save_quantized` takes.
       sizes: bytes of its packed form.
       seconds: "quantize" and "calibrate".
     """
@@ -48,28 +45,25 @@ def full_precision(run: Pipeline, bits: float, group: int | None) -> Built:
 
 def kmeans(run: Pipeline, bits: float, group: int | None) -> Built:
     run.quantize()
-    return Built(run.kmeans, sizes(run.kmeans), {"quantize": run.dir.done()["quantize"]})
+    return Built(run.first, sizes(run.first), {"quantize": run.dir.done()["quantize"]})
 
 
 def vq4dit(run: Pipeline, bits: float, group: int | None) -> Built:
     """Any form of it: the config says which."""
     run.quantize()
     run.calibrate()
-    _, params, _ = checkpoint.load_quantized(run.dir.calibration / "hard")
-    steps = methods.read_log(run.dir.log)
-    seconds = {"quantize": run.dir.done()["quantize"], "calibrate": sum(line["seconds"] for line in steps)}
-    return Built(params, sizes(params), seconds)
+    _, params, manifest = checkpoint.load_quantized(run.dir.made("vq4dit"))
+    calibrated = sum(report["seconds"] for report in manifest["extra"]["passes"])
+    return Built(params, sizes(params), {"quantize": run.dir.done()["quantize"], "calibrate": calibrated})
 
 
 def dkm(run: Pipeline, bits: float, group: int | None) -> Built:
     run.quantize()
-    model, teacher = run.teacher
-    begun = time.perf_counter()
-    params, _ = methods.dkm.calibrate(
-        model, teacher, run.kmeans, key=run.key(TRAJECTORIES), recipe=configs.recipe(run.config)
-    )
-    params = jax.block_until_ready(params)
-    seconds = {"quantize": run.dir.done()["quantize"], "calibrate": time.perf_counter() - begun}
+    fields = {field.name for field in dataclasses.fields(methods.DKM)}
+    one = methods.DKM(**{name: value for name, value in run.config.calibration.items() if name in fields})
+    context = methods.begin(*run.teacher, run.key(TRAJECTORIES))
+    params, (report,) = methods.apply((one,), context, run.first)
+    seconds = {"quantize": run.dir.done()["quantize"], "calibrate": report["seconds"]}
     return Built(params, sizes(params), seconds)
 
 

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import functools
 import pathlib
+import re
 import runpy
 from collections.abc import Mapping
 from typing import Any
@@ -162,6 +163,23 @@ class Case:
     def num_images(self) -> int:
         """Images of this seed."""
         return self.table.base.sample.num_images // self.seeds
+
+
+def filled(definition: dict[str, Any]) -> dict[str, Any]:
+    """A `made_from` or `sampled_from` of an older version with the keys of the config that are younger.
+
+    They have their defaults, which say what was done before. `calibration.variance` alone has another one: in 0.1.0 the
+    variance was fitted where the steps trained the last layer on what an error leaves in the image.
+    """
+    if "sample" in definition:
+        return {**definition, "model": filled(definition["model"])}
+    defaults = configs.as_json(configs.default())
+    if "calibration" in definition:
+        theirs = {**defaults["calibration"], **definition["calibration"]}
+        trained = re.fullmatch(theirs["tuned"], "final_layer/linear/kernel") is not None
+        defaults["calibration"]["variance"] = trained and theirs["lambda_s"] > 0
+    sections = [name for name in ("model", "quantize", "calibration") if name in definition]
+    return {**definition, **{name: {**defaults[name], **definition[name]} for name in sections}}
 
 
 def cases(table: Table, row: Row, seeds: int, workdir: pathlib.Path) -> list[Case]:

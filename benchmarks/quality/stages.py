@@ -14,7 +14,7 @@ import numpy as np
 
 from benchmarks import record
 from benchmarks.quality.methods import METHODS
-from benchmarks.quality.rows import Case
+from benchmarks.quality.rows import Case, filled
 from vq4dit_jax import files
 from vq4dit_jax.errors import InputError
 from vq4dit_jax.evaluation import npz
@@ -137,7 +137,7 @@ def claim(folder: pathlib.Path, definition: dict[str, Any]) -> Claim:
         "versions": provenance.versions(),
     }
     remedy = "remove that folder to make it anew"
-    return Claim(folder / "definition.json", definition, remedy, about, "definition")
+    return Claim(folder / "definition.json", definition, remedy, about, "definition", filled)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""LayerNorm, adaLN modulation and per-token quantization in one pass over the tokens, for Hopper.
+"""LayerNorm, modulation and per-token quantization in one pass over the tokens, for Hopper.
 
 A warp owns a token: its D numbers lie in the registers of 32 lanes, the three reductions (mean, variance, largest
 magnitude) are five shuffles each, and no shared memory is used. The pass moves 2D bytes in and D bytes out for each

@@ -1,1 +1,1 @@
-"""Mathematics of codebooks on arrays: k-means, packing of codes, the layer solver. No Flax, no files."""
+"""Mathematics of codebooks on arrays: k-means, the layer solver. No Flax, no files."""

@@ -1,1 +1,1 @@
-"""Mathematics of uniform integer grids on arrays: grids, rounding, the recursion of GPTQ."""
+"""Mathematics of uniform integer grids on arrays: grids, rounding, packed codes, the recursion of GPTQ."""

@@ -21,8 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from vq4dit_jax.codebook.packing import packed_bytes
 from vq4dit_jax.errors import InputError
+from vq4dit_jax.integer.packing import packed_bytes
 
 KINDS = ("symmetric", "centred", "asymmetric")
 SHARES = tuple(np.linspace(1.0, 0.2, 41).tolist())

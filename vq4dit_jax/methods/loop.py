@@ -122,9 +122,10 @@ def run_steps(method: Any, run: Context, student: Any, key: jax.Array) -> tuple[
 
 
 def summary(lines: list[dict[str, Any]]) -> Report:
-    """The last line's figures, for a pass' report."""
+    """For a pass' report: the last line's figures, and the seconds of all steps, also of those before a kill."""
     wanted = ("step", "loss", "l_d", "l_r", "frozen_fraction")
-    return {name: lines[-1][name] for name in wanted if lines and name in lines[-1]}
+    last = {name: lines[-1][name] for name in wanted if lines and name in lines[-1]}
+    return {**last, "seconds": round(sum(line["seconds"] for line in lines), 4)}
 
 
 def _plain(metrics: dict[str, jax.Array]) -> dict[str, Any]:

@@ -12,9 +12,9 @@ from jaxtyping import Array, Float, Integer
 import pallas_kernels
 from pallas_kernels import nibbles
 from pallas_kernels.weights import ByteWeights, NibbleWeights, pair_rows
-from vq4dit_jax.codebook.packing import pack_codes, packed_bytes
 from vq4dit_jax.errors import InputError
 from vq4dit_jax.integer import grids
+from vq4dit_jax.integer.packing import pack_codes, packed_bytes
 from vq4dit_jax.qarray.base import (
     Cost,
     Json,

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 import pallas_kernels
 from pallas_kernels.soft_weights import soft_weights
 from vq4dit_jax.codebook.kmeans import nearest_codewords
-from vq4dit_jax.codebook.packing import packed_bytes
+from vq4dit_jax.integer.packing import packed_bytes
 from vq4dit_jax.qarray.base import Cost, Transient, register, static
 from vq4dit_jax.qarray.vq import VQArray, from_codes
 

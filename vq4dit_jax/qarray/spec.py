@@ -13,9 +13,9 @@ from jaxtyping import Array, Float
 
 import pallas_kernels
 from vq4dit_jax.codebook.kmeans import kmeans
-from vq4dit_jax.codebook.packing import packed_bytes
 from vq4dit_jax.errors import InputError
 from vq4dit_jax.integer import grids
+from vq4dit_jax.integer.packing import packed_bytes
 from vq4dit_jax.qarray import integer
 from vq4dit_jax.qarray.base import Json, QuantizedArray
 from vq4dit_jax.qarray.cast import DTYPES, checked_cast

@@ -14,8 +14,8 @@ import pallas_kernels
 from pallas_kernels.reference_norm import largest_quantized
 from pallas_kernels.weights import VQWeights, vq_weights
 from vq4dit_jax.codebook import solver
-from vq4dit_jax.codebook.packing import pack_codes, packed_bytes
 from vq4dit_jax.errors import InputError
+from vq4dit_jax.integer.packing import pack_codes, packed_bytes
 from vq4dit_jax.qarray.base import (
     Cost,
     Json,

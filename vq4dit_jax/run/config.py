@@ -3,6 +3,7 @@
 import math
 import pathlib
 import re
+from collections.abc import Collection
 from typing import Any
 
 import ml_collections
@@ -221,7 +222,7 @@ def _tuples(value: Any) -> Any:
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
-def _one_of(key: str, value: Any, allowed: tuple[Any, ...]) -> None:
+def _one_of(key: str, value: Any, allowed: Collection[Any]) -> None:
     if value not in allowed:
         raise InputError(f"--config.{key}={value}: wanted one of {', '.join(map(str, allowed))}")
 

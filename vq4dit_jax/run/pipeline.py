@@ -308,9 +308,8 @@ class Pipeline:
             main = {name: quality[name, self.config.sample.steps] for name in self.names}
             log = methods.read_log(self.dir.log)
             seconds = time.perf_counter() - begun
-            files.write_json(
-                self.dir.metrics, summary.metrics(self.dir, self.config, title, size, main, held_out, log, seconds)
-            )
+            found = summary.metrics(self.dir, self.config, title, size, main, held_out, log, seconds)
+            files.write_json(self.dir.metrics, found)
 
     def _quality(self, name: str, steps: int) -> dict[str, Any]:
         """The figures of one set of samples, and under "reasons" why some are null."""

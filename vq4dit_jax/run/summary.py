@@ -6,7 +6,7 @@ from vq4dit_jax import files
 from vq4dit_jax.methods.method import FULL_PRECISION, TITLES
 from vq4dit_jax.qarray.tree import Sizes
 from vq4dit_jax.run.workdir import Workdir
-from vq4dit_jax.storage import provenance
+from vq4dit_jax.storage import checkpoint, provenance
 
 _QUALITY = ("fd", "sfd", "is", "precision", "recall", "psnr_to_fp_db", "num_images", "features")
 
@@ -24,7 +24,8 @@ def metrics(
     """metrics.json, format 1.
 
     Args:
-      quality: name of each model -> what `evaluation.evaluate` found at the config's own number of steps.
+      quality: name of each model, in the order in which they are made -> what `evaluation.evaluate` found at the config's own
+        number of steps.
       held_out: name of the first and of the final quantized model -> (L_d, relative error of the guided prediction).
       log: the lines of train_log.jsonl.
     """
@@ -56,7 +57,7 @@ def metrics(
             "kmeans_eps_error": first[1],
             "hard_eps_error": final[1],
         },
-        "time_s": {**_times(workdir, log), "evaluate": round(evaluate_seconds, 3)},
+        "time_s": {**_times(workdir, list(quality)[2:]), "evaluate": round(evaluate_seconds, 3)},
         "recipe": {
             "sampler": config.sample.sampler,
             "steps": config.sample.steps,
@@ -69,11 +70,15 @@ def metrics(
     }
 
 
-def _times(workdir: Workdir, log: list[dict[str, Any]]) -> dict[str, float]:
-    """Seconds of the stages before `evaluate`; calibration counts the steps of all its attempts that were kept."""
+def _times(workdir: Workdir, calibrated: list[str]) -> dict[str, float]:
+    """Seconds of the stages before `evaluate`. Those of calibration are its passes', of all attempts that were kept.
+
+    `calibrated`: names of the models after the first quantized one.
+    """
     names = {"quantize": "kmeans"}
     times = {names.get(s, s): seconds for s, seconds in workdir.done().items() if s not in ("evaluate", "report")}
-    return {**times, "calibrate": round(sum(line["seconds"] for line in log), 3)}
+    reports = (checkpoint.load_metadata(workdir.made(name))["extra"]["passes"] for name in calibrated)
+    return {**times, "calibrate": round(sum(one["seconds"] for passes in reports for one in passes), 3)}
 
 
 def table_row(name: str, steps: int, config: Any, size: Sizes, found: dict[str, Any]) -> dict[str, Any]:

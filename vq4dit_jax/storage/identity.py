@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 from vq4dit_jax import files
@@ -87,6 +88,7 @@ class Claim:
       remedy: what the user may do where the folder is of other facts.
       about: what else is to be noted (devices, versions, date); it is not compared.
       section: the key of the file under which the facts stand; None: they stand among `about`.
+      filled: gives facts of an older version the keys that are younger than they are.
     """
 
     file: pathlib.Path
@@ -94,6 +96,7 @@ class Claim:
     remedy: str = "choose another folder"
     about: dict[str, Any] = dataclasses.field(default_factory=dict)
     section: str | None = None
+    filled: Callable[[dict[str, Any]], dict[str, Any]] = lambda facts: facts
 
     def differing(self) -> list[tuple[str, str]]:
         """The differences from what is claimed already; none where nothing is. InputError for a damaged file."""
@@ -102,13 +105,13 @@ class Claim:
     def _theirs(self) -> dict[str, Any]:
         held = files.read_json(self.file)
         if self.section is None:
-            return {key: held.get(key) for key in self.facts}
+            return self.filled({key: held.get(key) for key in self.facts})
         theirs = held.get(self.section)
         if not isinstance(theirs, dict):
             raise InputError(
                 f"{self.file} has no {self.section!r}; it is damaged, or of another program; {self.remedy}"
             )
-        return theirs
+        return self.filled(theirs)
 
     def check(self) -> None:
         """Raises InputError where the folder was claimed with other facts."""
