@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Num
 
+from pallas_kernels.epilogue import saturate
+
 SMALLEST_TOKEN_SCALE = 1e-8
 """Keeps the scale of a token of zeros away from 0."""
 
@@ -16,6 +18,13 @@ def largest_quantized(dtype: Any) -> float:
     if jnp.dtype(dtype) not in limits:
         raise ValueError(f"dtype={jnp.dtype(dtype).name}: wanted int8, float8_e4m3fn or, for no quantization, bfloat16")
     return limits[jnp.dtype(dtype)]
+
+
+def quantize_tokens(x: Float[Array, "M D"], dtype: Any) -> tuple[Num[Array, "M D"], Float[Array, " M"]]:
+    """Each token symmetrically to 8 bits: (values in `dtype`, scales float32), scale = max |x| / limit, not below 1e-8."""
+    wide = x.astype(jnp.float32)
+    scale = jnp.maximum(jnp.abs(wide).max(-1) / largest_quantized(dtype), SMALLEST_TOKEN_SCALE)
+    return saturate(wide * (1 / scale)[:, None], dtype), scale
 
 
 def ln_modulate_quantize(
@@ -52,6 +61,4 @@ def ln_modulate_quantize(
     v = (normed * (1.0 + per_image(offsets[1])) + per_image(offsets[0])).reshape(rows, width)
     if jnp.dtype(dtype) == jnp.bfloat16:
         return v.astype(jnp.bfloat16)
-    token_scale = jnp.maximum(jnp.abs(v).max(-1) / largest_quantized(dtype), SMALLEST_TOKEN_SCALE)
-    q = v * (1.0 / token_scale)[:, None]
-    return (jnp.round(q) if jnp.issubdtype(dtype, jnp.integer) else q).astype(dtype), token_scale
+    return quantize_tokens(v, dtype)

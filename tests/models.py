@@ -1,12 +1,18 @@
 """Small models that many tests share. Fixed seeds; nothing trained."""
 
+import contextlib
+import dataclasses
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from vq4dit_jax.diffusion import trajectory
 from vq4dit_jax.networks.dit import DiT
+from vq4dit_jax.networks.network import as_network, random_problem
 from vq4dit_jax.qarray.tree import random_params
 
 SOFT = (
@@ -37,3 +43,36 @@ def inputs(model: DiT, batch: int = 4, seed: int = 0) -> tuple[jax.Array, jax.Ar
     x = jax.random.normal(key, (batch, model.input_size, model.input_size, model.in_channels))
     t = jax.random.randint(jax.random.fold_in(key, 1), (batch,), 0, 1000)
     return x, t, jnp.arange(batch, dtype=jnp.int32) % model.num_classes
+
+
+@dataclasses.dataclass(frozen=True)
+class _Kept:
+    def __call__(self, evaluation: trajectory.Evaluation, given: Any) -> trajectory.Evaluation:
+        return evaluation
+
+
+def evaluations(
+    model: Any, params: Any, *, key: jax.Array, images: int = 2, num_steps: int = 4, cfg_scale: float = 1.5
+) -> list[trajectory.Evaluation]:
+    """All evaluations of one trajectory with the blocks' outputs, the first one first."""
+    network = as_network(model)
+    problem = random_problem(network, params, key, images=images, cfg_scale=cfg_scale)
+    how = dict(num_steps=num_steps, scale=cfg_scale, observe=_Kept(), blocks=True)
+    kept = jax.tree.map(np.asarray, trajectory.observed(network, params, problem, **how)[1])
+    return [jax.tree.map(lambda a: jnp.asarray(a[n]), kept) for n in range(num_steps)]
+
+
+@contextlib.contextmanager
+def compilations() -> Iterator[list[str]]:
+    """A list to which every program that is compiled meanwhile adds an entry, also those that a cache on disk has."""
+    seen = []
+
+    def count(event: str, seconds: float, **facts: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            seen.append(str(facts.get("fun_name", "?")))
+
+    jax.monitoring.register_event_duration_secs_listener(count)
+    try:
+        yield seen
+    finally:
+        jax.monitoring.unregister_event_duration_listener(count)

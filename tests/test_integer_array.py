@@ -98,7 +98,7 @@ def test_gptqs_codes_stand_for_the_values_of_its_recursion_bit_for_bit(bits, gro
     weight = jnp.asarray(rng.normal(size=(12, 40)), jnp.float32)
     x = rng.standard_normal((160, 40)) @ rng.standard_normal((40, 40))
     moments = x.T @ x / 160
-    grid = grids.spread(grids.fit_grid(weight, bits, group, kind, (1.0,)), 40, group)
+    grid = grids.expand(grids.fit_grid(weight, bits, group, kind, (1.0,)), 40, group)
     wanted, _ = round_columns(weight, jnp.asarray(inverse_factor(moments), jnp.float32), grid, bits)
     codes, own = quantize_weight(weight, moments, bits, group, kind, (1.0,), act_order=False)
     leaf = from_codes(codes, own.scale.astype(jnp.float16), own.zero, bits, group, kind)

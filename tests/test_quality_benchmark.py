@@ -45,7 +45,7 @@ def get_config():
         Row("fp", "full precision", "fp"),
         Row("rtn", "round to nearest", "rtn", 4, group=16),
         Row("kmeans", "k-means", "kmeans", 2),
-        Row("ours", "ours", "vq4dit", 2, config="configs/cifar10_w2.py", overrides=short | {{"calibration.budget": 3.0}}),
+        Row("ours", "VQ4DiT", "vq4dit", 2, config="configs/cifar10_w2.py", overrides=short | {{"calibration.budget": 3.0}}),
     ))
 """
 
@@ -183,7 +183,7 @@ def test_table_and_plot_say_what_the_json_says(finished):
     assert f"| {gaps.mean():+.1f} ± {gaps.std(ddof=1):.1f} % |" in text
     drawing = (finished / "table.svg").read_text()
     assert drawing == chart.svg(result)
-    for label in ("k-means", "ours", "round to nearest", "full precision"):
+    for label in ("k-means", "VQ4DiT", "round to nearest", "full precision"):
         assert label in drawing
     assert chart.svg({**result, "rows": result["rows"][:1]}) is None
 
@@ -313,14 +313,14 @@ def test_what_was_remarked_of_a_model_stands_below_the_table():
     seed = lambda number, remark=None: {"seed": number, "remark": remark}
     row = lambda label, bits, *seeds: {"label": label, "size": {"bits_per_quantized_weight": bits}, "seeds": seeds}
     rows = [
-        row("ours", 1.572, seed(0, "stopped"), seed(1, "slow"), seed(2, "slow")),
-        row("ours", 1.5, seed(0, "slow")),
+        row("VQ4DiT", 1.572, seed(0, "stopped"), seed(1, "slow"), seed(2, "slow")),
+        row("VQ4DiT", 1.5, seed(0, "slow")),
         row("k-means", 2.173, seed(0)),
     ]
     assert table._remarks(rows) == [
-        "ours, 1.57 bits, seed 0: stopped",
-        "ours, 1.57 bits, seeds 1 and 2: slow",
-        "ours, 1.50 bits, seed 0: slow",
+        "VQ4DiT, 1.57 bits, seed 0: stopped",
+        "VQ4DiT, 1.57 bits, seeds 1 and 2: slow",
+        "VQ4DiT, 1.50 bits, seed 0: slow",
     ]
 
 
@@ -387,10 +387,12 @@ def test_a_case_that_fails_is_named_and_the_others_are_made(config, capsys, tmp_
     assert "quantize ended with code -9" in (tmp_path / "table.md").read_text()
 
 
-def test_the_readme_has_the_figures_of_the_results():
+def test_the_readme_and_its_page_have_the_figures_of_the_results():
     """Also where the table is being made: its rows so far."""
     kept = _read(ROOT / "benchmarks" / "results" / "quality_cifar10" / "table.json")
-    assert table.short(kept) in (ROOT / "README.md").read_text()
+    five = table.short(kept, table.README)
+    assert five.count("\n") == 6 and five in (ROOT / "README.md").read_text()
+    assert table.short(kept) in (ROOT / "docs" / "quality.md").read_text()
     assert table.markdown(kept) == (ROOT / "benchmarks" / "results" / "quality_cifar10" / "table.md").read_text()
 
 
@@ -401,7 +403,7 @@ def test_the_shipped_table_resolves(tmp_path):
     for row in found.rows:
         for case in rows.cases(found, row, 3, tmp_path):
             c = case.config.calibration
-            assert case.num_images == 1700 and c.batch == 16 and c.steps == (325 if row.label == "ours" else 500)
+            assert case.num_images == 1700 and c.batch == 16 and c.steps == (325 if row.label == "VQ4DiT" else 500)
             assert case.config.seed == case.seed and case.made_from["method"] == row.method
             if row.bits != 32:
                 assert case.config.quantize.bits == row.bits

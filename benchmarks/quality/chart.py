@@ -11,8 +11,8 @@ from vq4dit_jax.reporting.markup import Element, element, number
 _WIDTH, _HEIGHT = 900, 520
 _LEFT, _TOP, _RIGHT, _BOTTOM = 70, 50, 610, 460
 """The plot; the legend is right of it."""
-# Mostly Okabe and Ito's colours, which people who see few colours can tell apart; markers differ too. A table's last method is
-# ours: it has the first colour, and lies on top.
+# Mostly Okabe and Ito's colours, which people who see few colours can tell apart; markers differ too. The last method of a
+# table is VQ4DiT: it has the first colour, and is drawn on top.
 _COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8a7a00", "#777777", "#000000")
 _MARKERS = ("circle", "square", "diamond", "triangle")
 

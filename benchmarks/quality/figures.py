@@ -37,10 +37,10 @@ class Evaluator:
         self.names = {name: table.base.evaluation[name] for name in ("classifier", "reference")}
 
     @functools.cached_property
-    def judge(self) -> sources.Judge:
+    def evaluator(self) -> sources.Evaluator:
         if not all(self.names.values()):
-            return sources.Judge(reason="no feature network is configured")
-        return sources.open_judge(*map(sources.locate, self.names.values()))
+            return sources.Evaluator(reason="no feature network is configured")
+        return sources.open_evaluator(*map(sources.locate, self.names.values()))
 
     def of_seed(self, case: Case, originals: Case | None) -> dict[str, Any]:
         """Figures of one seed's images; `originals`: the case of full precision with the same noise and classes."""
@@ -73,8 +73,8 @@ class Evaluator:
                 f"{kept} is of other images or another comparison, and {images} is not there; "
                 f"remove {images.parents[2]} to make the row anew"
             )
-        judge = self.judge
-        found, reasons = evaluation.evaluate_with_reasons(images, judge.classifier, judge.reference)
+        evaluator = self.evaluator
+        found, reasons = evaluation.evaluate_with_reasons(images, evaluator.classifier, evaluator.reference)
         if originals:
             there = evaluation.open_images(originals)
             head = npz.read_head(images, len(there))

@@ -16,7 +16,7 @@ from vq4dit_jax.storage import checkpoint
 
 
 @dataclasses.dataclass(frozen=True)
-class Made:
+class Built:
     """A model.
 
     Attributes:
@@ -34,46 +34,46 @@ class Made:
 class Method:
     """How a model is made, and what of its row decides it beside the teacher (names in `rows.Case.made_from`)."""
 
-    make: Callable[[Pipeline, float, int | None], Made]
+    make: Callable[[Pipeline, float, int | None], Built]
     reads: tuple[str, ...]
 
 
-def full_precision(run: Pipeline, bits: float, group: int | None) -> Made:
+def full_precision(run: Pipeline, bits: float, group: int | None) -> Built:
     _, teacher = run.teacher
-    return Made(teacher, sizes(teacher), {})
+    return Built(teacher, sizes(teacher), {})
 
 
-def kmeans(run: Pipeline, bits: float, group: int | None) -> Made:
+def kmeans(run: Pipeline, bits: float, group: int | None) -> Built:
     run.quantize()
-    return Made(run.first, sizes(run.first), {"quantize": run.dir.done()["quantize"]})
+    return Built(run.first, sizes(run.first), {"quantize": run.dir.done()["quantize"]})
 
 
-def vq4dit(run: Pipeline, bits: float, group: int | None) -> Made:
+def vq4dit(run: Pipeline, bits: float, group: int | None) -> Built:
     """Any form of it: the config says which."""
     run.quantize()
     run.calibrate()
     _, params, manifest = checkpoint.load_quantized(run.dir.made("vq4dit"))
     calibrated = sum(report["seconds"] for report in manifest["extra"]["passes"])
-    return Made(params, sizes(params), {"quantize": run.dir.done()["quantize"], "calibrate": calibrated})
+    return Built(params, sizes(params), {"quantize": run.dir.done()["quantize"], "calibrate": calibrated})
 
 
-def dkm(run: Pipeline, bits: float, group: int | None) -> Made:
+def dkm(run: Pipeline, bits: float, group: int | None) -> Built:
     run.quantize()
     fields = {field.name for field in dataclasses.fields(methods.DKM)}
     one = methods.DKM(**{name: value for name, value in run.config.calibration.items() if name in fields})
     context = methods.begin(*run.teacher, run.key(TRAJECTORIES))
     params, (report,) = methods.apply((one,), context, run.first)
     seconds = {"quantize": run.dir.done()["quantize"], "calibrate": report["seconds"]}
-    return Made(params, sizes(params), seconds)
+    return Built(params, sizes(params), seconds)
 
 
-def round_to_nearest(run: Pipeline, bits: float, group: int | None) -> Made:
+def round_to_nearest(run: Pipeline, bits: float, group: int | None) -> Built:
     begun = time.perf_counter()
     made = methods.rtn(run.teacher[1], int(bits), group, other_dtype=run.config.quantize.other_dtype)
-    return Made(made, sizes(made), {"quantize": time.perf_counter() - begun})
+    return Built(made, sizes(made), {"quantize": time.perf_counter() - begun})
 
 
-def gptq(run: Pipeline, bits: float, group: int | None) -> Made:
+def gptq(run: Pipeline, bits: float, group: int | None) -> Built:
     """Moments of one trajectory with the batch, steps and guidance of the table's calibration."""
     model, teacher = run.teacher
     c, begun = run.config.calibration, time.perf_counter()
@@ -88,7 +88,7 @@ def gptq(run: Pipeline, bits: float, group: int | None) -> Made:
     )
     second = {path: found.second for path, found in moments.items()}
     made = methods.gptq(teacher, second, int(bits), group, other_dtype=run.config.quantize.other_dtype)
-    return Made(made, sizes(made), {"quantize": time.perf_counter() - begun})
+    return Built(made, sizes(made), {"quantize": time.perf_counter() - begun})
 
 
 METHODS = {

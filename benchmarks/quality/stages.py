@@ -104,7 +104,7 @@ STAGES = {"quantize": quantize, "sample": sample}
 
 
 def is_done(case: Case, stage: str) -> bool:
-    """Figures outlive what they are of: a model that has been sampled and images that have been judged may be gone."""
+    """Figures are kept longer than models that were sampled and images that were evaluated."""
     if stage == "quantize":
         return (case.model / "figures.json").exists() and ((case.model / "packed").exists() or is_done(case, "sample"))
     sampled = case.images.exists() or (case.samples / "figures.json").exists()

@@ -1,6 +1,7 @@
 """The collected figures for people: two markdown tables, quality and cost."""
 
 import statistics
+from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.quality import worth
@@ -71,8 +72,12 @@ def _worth(rows: list[dict[str, Any]]) -> list[str]:
     return ["## What each choice is worth", "", *_table(*found), "", explained, ""]
 
 
-def short(result: dict[str, Any]) -> str:
-    """A few columns of all rows, for the README: a test sees to it that it has just this."""
+README = ("fp", "kmeans_w2", "gptq_w2_g64", "released_w2", "ours_w2")
+"""The rows of the README's table."""
+
+
+def short(result: dict[str, Any], names: Sequence[str] = ()) -> str:
+    """A few columns of the rows of these names, for the README; of all rows for docs/quality.md. A test compares both pages."""
     head = [
         "Method",
         "Bits a weight",
@@ -84,7 +89,7 @@ def short(result: dict[str, Any]) -> str:
     ]
     exact = _exact(result["rows"])
     lines = []
-    for row in result["rows"]:
+    for row in (row for row in result["rows"] if not names or row["name"] in names):
         mean, bits = row["mean"], fixed(row["size"]["bits_per_quantized_weight"], 2)
         psnr, seconds = mean.get("psnr_to_fp_db"), mean.get("calibrate_s")
         cells = [
@@ -96,7 +101,7 @@ def short(result: dict[str, Any]) -> str:
             number(mean.get("l_d"), 3),
             DASH if seconds is None else f"{fixed(seconds, 0)} s",
         ]
-        lines.append([f"**{cell}**" for cell in cells] if row["label"] == "ours" else cells)
+        lines.append([f"**{cell}**" for cell in cells] if row["label"] == "VQ4DiT" else cells)
     return "\n".join(_table(head, lines))
 
 
@@ -124,13 +129,13 @@ def _gaps(row: dict[str, Any], exact: dict[str, Any] | None) -> str:
 
 
 def _other_steps(rows: list[dict[str, Any]]) -> str:
-    """ "; ours 400" where rows have another number of steps than the table."""
+    """ "; VQ4DiT 400" where rows have another number of steps than the table."""
     own = {row["label"]: row["overrides"].get("calibration.steps") for row in rows}
     return "".join(f"; {label} {steps}" for label, steps in own.items() if steps)
 
 
 def _remarks(rows: list[dict[str, Any]]) -> list[str]:
-    """ "ours, 1.57 bits, seeds 1 and 2: ..." of what somebody wrote into a model's definition.json."""
+    """ "VQ4DiT, 1.57 bits, seeds 1 and 2: ..." of what somebody wrote into a model's definition.json."""
     seeds_of: dict[tuple[str, str], list[str]] = {}
     for row in rows:
         for seed in row["seeds"]:

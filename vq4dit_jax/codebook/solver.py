@@ -16,11 +16,9 @@ k-means minimises it for H = I. Three steps do so for any H, none of them of mor
 
 `descend` and `fit_codebook` never raise e. With H = I they are the two halves of Lloyd's iteration.
 
-Weights that were rounded for the smallest e make the outputs fainter, by as much as e: at its minimum over a factor the error
-stands upright on C[A] x and not on W x. Layer upon layer that adds up to contrast. `restored` takes it back.
+`solve` computes in full float32: in TF32, which XLA takes on NVIDIA GPUs where nothing is said, H^-1 loses its small directions.
 """
 
-import functools
 from typing import Any
 
 import jax
@@ -147,25 +145,11 @@ def solve(
         codes = lax.fori_loop(0, _SWEEPS, lambda _, codes: descend(weight, moments, codebook, codes), codes)
         return fit_codebook(weight, moments, codebook, codes), codes
 
-    nothing = jnp.zeros((len(weight), weight.shape[1] // codebook.shape[-1]), jnp.int32)
-    state = lax.fori_loop(0, feedbacks, fed_back, (codebook, nothing))
-    codebook, codes = lax.fori_loop(0, rounds, descended, state)
-    return codebook, codes, error(weight, moments, codebook, codes)
-
-
-@functools.partial(jax.jit, static_argnames="scale")
-def restored(
-    weight: Weight, spread: Moments, mean: Float[Array, " I"], codebook: Codebook, codes: Codes, *, scale: bool
-) -> tuple[Codebook, Float[Array, " O"]]:
-    """(g C, what to add to the bias): outputs that vary with the teacher's, on average, as far as they do, around its mean.
-
-    With S the covariance of x and g = tr(W S W^T) / tr(W S C[A]^T), the least-squares slope of g C[A] x on W x, all outputs
-    together, is 1. Without `scale`, or where the two have nothing in common, g = 1. The bias gets (W - g C[A]) E[x].
-    """
-    quantized = decode(codebook, codes)
-    wanted, found = ((weight @ spread) * weight).sum(), ((weight @ spread) * quantized).sum()
-    factor = jnp.where((found > 0) & scale, wanted / jnp.where(found > 0, found, 1.0), 1.0)
-    return factor * codebook, (weight - factor * quantized) @ mean
+    with jax.default_matmul_precision("highest"):
+        nothing = jnp.zeros((len(weight), weight.shape[1] // codebook.shape[-1]), jnp.int32)
+        state = lax.fori_loop(0, feedbacks, fed_back, (codebook, nothing))
+        codebook, codes = lax.fori_loop(0, rounds, descended, state)
+        return codebook, codes, error(weight, moments, codebook, codes)
 
 
 def _diagonal_blocks(moments: Moments, d: int) -> tuple[Float[Array, "S d d"], Float[Array, "S d d"]]:

@@ -12,16 +12,22 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from vq4dit_jax.errors import InputError
+
 
 @dataclasses.dataclass(frozen=True)
 class Guidance:
     """How the two halves of an evaluation become one prediction.
 
     Attributes:
-      channels: guidance acts on the first so many channels of the prediction; None: on all of them.
+      channels: guidance acts on the first so many channels of the prediction, at least 1; None: on all of them.
     """
 
     channels: int | None = None
+
+    def __post_init__(self):
+        if self.channels is not None and self.channels < 1:
+            raise InputError(f"guided channels={self.channels}: wanted at least 1, or None for all")
 
     def rows(self, x: Float[Array, "B *S C"], cond: Any, null: Any) -> tuple[Float[Array, "R *S C"], Any]:
         """(x, cond) of the R = 2B rows. `cond` and `null` are trees whose leaves lead with the sample axis."""

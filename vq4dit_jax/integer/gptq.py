@@ -21,7 +21,7 @@ import numpy as np
 import scipy.linalg
 from jaxtyping import Array, Float, UInt8
 
-from vq4dit_jax.integer.grids import Grid, codes, fit_grid, quantize, spread
+from vq4dit_jax.integer.grids import Grid, codes, expand, fit_grid, quantize
 
 DAMPENING = 0.01
 SHARES = (1.0, 0.9, 0.8, 0.7, 0.6)
@@ -47,7 +47,7 @@ def inverse_factor(moments: Float[np.ndarray, "I I"], dampening: float = DAMPENI
 def round_columns(
     weight: Float[Array, "O I"], factor: Float[Array, "I I"], grid: Grid, bits: int, block: int = _BLOCK
 ) -> tuple[Float[Array, "O I"], Float[Array, " O"]]:
-    """(Q, error of each row) for columns in their order, U and the grid of every weight (`grids.spread`)."""
+    """(Q, error of each row) for columns in their order, U and the grid of every weight (`grids.expand`)."""
     rows, columns = weight.shape
     block = min(block, columns)
     missing = -columns % block
@@ -103,7 +103,7 @@ def quantize_weight(
     best, least = None, None
     for share in shares:
         grid = fit_grid(weight, bits, group, kind, (share,))
-        every = spread(grid, columns, group)
+        every = expand(grid, columns, group)
         found, error = round_columns(weight[:, order], factor, Grid(*(a[:, order] for a in every)), bits)
         new = (found, *grid)
         if best is None:

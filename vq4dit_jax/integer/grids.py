@@ -113,7 +113,7 @@ def quantize(weight: Array, scale: Array, zero: Array, bits: int) -> Array:
 
 
 @functools.partial(jax.jit, static_argnames=("columns", "group"))
-def spread(grid: Grid, columns: int, group: int | None) -> Grid:
+def expand(grid: Grid, columns: int, group: int | None) -> Grid:
     """The grid of every weight, (*stack, O, I)."""
     group = columns if group is None else group
     repeat = lambda a: jnp.repeat(a, group, axis=-1, total_repeat_length=a.shape[-1] * group)[..., :columns]
@@ -123,12 +123,12 @@ def spread(grid: Grid, columns: int, group: int | None) -> Grid:
 @functools.partial(jax.jit, static_argnames=("bits", "group"))
 def codes(weight: Float[Array, "*stack O I"], grid: Grid, bits: int, group: int | None = None) -> Array:
     """Codes q of the nearest levels, uint8."""
-    return quantize(weight, *spread(grid, weight.shape[-1], group), bits).astype(jnp.uint8)
+    return quantize(weight, *expand(grid, weight.shape[-1], group), bits).astype(jnp.uint8)
 
 
 def decode(codes: Array, grid: Grid, group: int | None = None) -> Float[Array, "*stack O I"]:
     """The quantized weight s (q - z) in float32."""
-    scale, zero = spread(grid, codes.shape[-1], group)
+    scale, zero = expand(grid, codes.shape[-1], group)
     return scale * (codes.astype(jnp.float32) - zero)
 
 

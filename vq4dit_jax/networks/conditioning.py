@@ -23,6 +23,7 @@ from vq4dit_jax.diffusion.keys import condition_keys, image_keys
 from vq4dit_jax.errors import InputError
 
 Keys = Shaped[PRNGKeyArray, " B"]
+Labels = Int[Array | np.ndarray, " B"]
 
 
 def _random_below(keys: Keys, count: int) -> Int[Array, " B"]:
@@ -67,7 +68,7 @@ class ClassLabels:
             raise InputError(f"labels={spec}: wanted classes 0..{self.num_classes - 1}")
         return chosen[indices % len(chosen)]
 
-    def null(self, params: Any, cond: Int[Array, " B"] | Int[np.ndarray, " B"]) -> Int[Array, " B"]:
+    def null(self, params: Any, cond: Labels) -> Int[Array, " B"]:
         if not self.has_null:
             raise InputError(
                 "cfg_scale: this network has no null label (it was trained without dropping labels), so it cannot be guided; "
@@ -86,7 +87,7 @@ class ClassLabels:
             raise InputError(f"labels lie in {labels.min()}..{labels.max()}; wanted 0..{most}")
         return labels.astype(np.int32)
 
-    def titles(self, cond: Int[np.ndarray, " B"], names: Sequence[str] = ()) -> list[str]:
+    def titles(self, cond: Labels, names: Sequence[str] = ()) -> list[str]:
         return [names[i] if i < len(names) else f"class {i}" for i in np.asarray(cond)]
 
 

@@ -198,7 +198,7 @@ class DiT(nn.Module):
             given = self._modulation(run, c) if modulation is None else modulation
             how = dict(num_heads=self.num_heads, eps=(_NORM_EPS, self.norm2_eps))
             if look:
-                out = prepared.run_and_look(run, tokens, given, **how)
+                out = prepared.run_observed(run, tokens, given, **how)
                 return out[0].astype(self.dtype), out[1].astype(self.dtype), out[2]
             return prepared.run(run, tokens, given, **how).astype(self.dtype), None, None
         apply = lambda p, tokens, m: self._block.apply({"params": p}, tokens, c, m)

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Float
 
 from pallas_kernels import nibbles
+from pallas_kernels.reference_norm import largest_quantized
 from pallas_kernels.weights import ByteWeights, NibbleWeights, PreparedLinear, pair_rows
 from vq4dit_jax.diffusion import trajectory
 from vq4dit_jax.errors import InputError
@@ -23,7 +24,6 @@ from vq4dit_jax.qarray.tree import densify
 
 ACTIVATIONS = {None: jnp.bfloat16, "int8": jnp.int8, "e4m3": jnp.float8_e4m3fn}
 WEIGHTS = (None, "int8", "int4")
-_LIMIT = {jnp.dtype(jnp.int8): 127.0, jnp.dtype(jnp.float8_e4m3fn): 448.0}
 _RANGES = ("attn/proj", "mlp/fc2")
 """Layers whose operands are quantized with a fixed scale."""
 _ADALN_TABLE_BYTES = 32768
@@ -140,7 +140,7 @@ def for_sampling(model: DiT, params: Any, activations: str, cfg_scale: float) ->
 
 def _prepare_run(run: Any, dtype: Any, weights: str | None, ranges: Any) -> PreparedBlocks:
     make = functools.partial(_prepare_linear, dtype=dtype, weights=weights)
-    fixed = {name: np.maximum(v, 1e-6) / _LIMIT[dtype] for name, v in (ranges or {}).items()}
+    fixed = {name: np.maximum(v, 1e-6) / largest_quantized(dtype) for name, v in (ranges or {}).items()}
     attended, hidden = (fixed.get(name) for name in _RANGES)
     # Few tokens: adaLN's time is that of reading its weights, and codewords in 16 bits take no more than in 8.
     adaln = functools.partial(make, dtype=jnp.dtype(jnp.bfloat16)) if weights is None else make

@@ -19,7 +19,6 @@ from vq4dit_jax.diffusion.keys import image_keys
 from vq4dit_jax.diffusion.process import Process
 from vq4dit_jax.diffusion.trajectory import Problem
 from vq4dit_jax.errors import InputError
-from vq4dit_jax.networks.conditioning import ClassLabels
 from vq4dit_jax.qarray import is_quantized
 
 
@@ -212,12 +211,3 @@ def _spell(shapes: Any) -> str:
     leaves = jax.tree.leaves(shapes)
     listed = ", ".join(f"{leaf.dtype}{leaf.shape}" for leaf in leaves[:4]) + (", ..." if len(leaves) > 4 else "")
     return listed if isinstance(shapes, jax.ShapeDtypeStruct) else f"a {type(shapes).__name__} of {listed or 'nothing'}"
-
-
-def class_conditional(
-    apply: Callable[..., Any], sample_shape: tuple[int, ...], num_classes: int, guided_channels: int | None = None
-) -> Network:
-    """The `Network` of a class-conditional noise prediction: label `num_classes` is the null label of guidance."""
-    if guided_channels is not None and guided_channels < 1:
-        raise InputError(f"guided_channels={guided_channels}: wanted at least 1, or None for all")
-    return Network(apply, tuple(sample_shape), ClassLabels(num_classes), guidance=Guidance(guided_channels))

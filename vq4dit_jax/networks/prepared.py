@@ -80,7 +80,7 @@ def run(
     return jax.lax.fori_loop(0, blocks.depth, step, _rows(x)).reshape(x.shape)
 
 
-def run_and_look(
+def run_observed(
     blocks: PreparedBlocks,
     x: Float[Array, "B T D"],
     modulations: Float[Array, "B C"],

@@ -1,34 +1,44 @@
-"""Which parameters of the networks that we know are quantized."""
+"""Which parameters of the networks that we know are quantized, from what they say of themselves."""
 
+import re
+from collections.abc import Sequence
 from typing import Any
 
 from vq4dit_jax.errors import InputError
+from vq4dit_jax.networks.dit import ROLES
+from vq4dit_jax.networks.network import Stack
 from vq4dit_jax.qarray.rules import BITS, KEEP, Rule
 from vq4dit_jax.qarray.spec import VQSpec
 from vq4dit_jax.qarray.tree import flatten
 
-_DIT = {f"blocks/{name}/kernel" for name in ("attn/qkv", "attn/proj", "mlp/fc1", "mlp/fc2", "adaLN_modulation/1")}
+_BLOCKS = Stack("blocks", 0, ROLES)
+
+
+def stack_rules(stacks: Sequence[Stack], bits: float | int) -> tuple[Rule, ...]:
+    """Every Linear that has a role, with as many codebooks as the role says. Raises InputError for bits that have no codebook."""
+    if isinstance(bits, bool) or bits not in BITS:
+        raise InputError(f"bits={bits}: wanted one of {', '.join(map(str, BITS))}; or give rules=")
+    codewords, length = BITS[bits]
+    return tuple(
+        (rf"{re.escape(stack.path)}/\d+/{role.pattern}", VQSpec(codewords, length, groups=role.codebooks))
+        for stack in stacks
+        for role in stack.roles
+    )
 
 
 def dit_rules(bits: float | int) -> tuple[Rule, ...]:
     """Every Linear of a DiT's blocks, q, k and v with a codebook each; all else is kept."""
-    if isinstance(bits, bool) or bits not in BITS:
-        raise InputError(f"bits={bits}: wanted one of {', '.join(map(str, BITS))}; or give rules=")
-    codewords, length = BITS[bits]
-    return (
-        (r"blocks/\d+/attn/qkv/kernel", VQSpec(codewords, length, groups=3)),
-        (r"blocks/\d+/(attn/proj|mlp/fc[12]|adaLN_modulation/1)/kernel", VQSpec(codewords, length)),
-        (r"blocks/\d+/.*bias", KEEP),
-        (r"(pos_embed|[xty]_embedder/.*|final_layer/.*)", KEEP),
-    )
+    kept = ((r"blocks/\d+/.*bias", KEEP), (r"(pos_embed|[xty]_embedder/.*|final_layer/.*)", KEEP))
+    return (*stack_rules((_BLOCKS,), bits), *kept)
 
 
 def rules_for(params: Any, bits: float | int) -> tuple[Rule, ...]:
     """The rules of the network that a tree is of; InputError for one that we do not know."""
-    paths = flatten(params)
-    if set(paths) >= _DIT:
-        return dit_rules(bits)
-    raise InputError(
-        f"these are not the parameters of a DiT ({min(_DIT - set(paths))} is missing); for a network of your own give "
-        "rules=[(regular expression, VQSpec(256, 4)), ..., (r'.*', KEEP)]"
-    )
+    inside = [path.removeprefix("blocks/") for path in flatten(params) if path.startswith("blocks/")]
+    for role in ROLES:
+        if not any(re.fullmatch(role.pattern, path) for path in inside):
+            raise InputError(
+                f"these are not the parameters of a DiT (blocks/{role.pattern} is missing); for a network of your own give "
+                "rules=[(regular expression, VQSpec(256, 4)), ..., (r'.*', KEEP)]"
+            )
+    return dit_rules(bits)

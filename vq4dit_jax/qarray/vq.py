@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 import pallas_kernels
+from pallas_kernels.reference_norm import largest_quantized
 from pallas_kernels.weights import VQWeights, vq_weights
 from vq4dit_jax.codebook import solver
 from vq4dit_jax.errors import InputError
@@ -28,7 +29,6 @@ from vq4dit_jax.qarray.base import (
 
 TABLE_BYTES = 16384
 """Of a kernel's table of codewords, where nothing else is asked for."""
-_LIMIT = {jnp.dtype(jnp.int8): 127.0, jnp.dtype(jnp.float8_e4m3fn): 448.0}
 """Largest magnitude of an 8-bit operand."""
 
 
@@ -156,7 +156,7 @@ class VQArray(QuantizedArray):
         dtype = jnp.dtype(operand_dtype)
         codes, codebooks, row_scale = np.asarray(self.codes()), np.asarray(self.codebook, np.float32), None
         if dtype.itemsize == 1:
-            scale = np.maximum(np.abs(codebooks).max((-1, -2), keepdims=True), 1e-12) / _LIMIT[dtype]
+            scale = np.maximum(np.abs(codebooks).max((-1, -2), keepdims=True), 1e-12) / largest_quantized(dtype)
             codebooks = codebooks / scale
             codebooks = np.rint(codebooks) if dtype == np.int8 else codebooks
             row_scale = np.repeat(scale[..., 0, 0], self.matrix[0] // self.num_groups, axis=1).astype(np.float32)

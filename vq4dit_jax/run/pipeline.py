@@ -76,7 +76,7 @@ class Pipeline:
 
     @property
     def names(self) -> list[str]:
-        """Of all models that are sampled and judged, full precision first."""
+        """Of all models that are sampled and evaluated, full precision first."""
         return [FULL_PRECISION, *(model.name for model in self.models)]
 
     def _names(self, steps: int) -> list[str]:
@@ -132,15 +132,15 @@ class Pipeline:
         return sources.open_decoder(self.found["vae"], as_network(self.teacher[0]).sample_shape[-1])[0]
 
     @functools.cached_property
-    def judge(self) -> sources.Judge:
+    def evaluator(self) -> sources.Evaluator:
         """The feature network and the real images of the quality figures, or why there are none."""
         if as_network(self.teacher[0]).sample_shape[-1] not in (1, 3) and not self.found["vae"]:
-            return sources.Judge(reason="the samples are latents, and there is no VAE to decode them")
+            return sources.Evaluator(reason="the samples are latents, and there is no VAE to decode them")
         if not self.config.evaluation.classifier:
-            return sources.Judge(reason="no feature network is configured")
+            return sources.Evaluator(reason="no feature network is configured")
         if not (self.found["classifier"] and self.found["reference"]):
-            return sources.Judge(reason="the feature network or the real images were not to be had on this machine")
-        return sources.open_judge(self.found["classifier"], self.found["reference"])
+            return sources.Evaluator(reason="the feature network or the real images were not to be had on this machine")
+        return sources.open_evaluator(self.found["classifier"], self.found["reference"])
 
     def params(self, name: str) -> Any:
         if name == FULL_PRECISION:
@@ -160,7 +160,7 @@ class Pipeline:
                 for folder in self.config.beside:
                     sources.check_beside(Workdir(folder), self.digests)
                 if self.found["classifier"] and self.found["reference"]:
-                    sources.check_judge(self.found["classifier"], self.found["reference"])
+                    sources.check_evaluator(self.found["classifier"], self.found["reference"])
                 logging.info("%s: %d parameters", _title(self.config, model), sizes(params).parameters)
 
     def _check_targets(self) -> None:
@@ -308,18 +308,17 @@ class Pipeline:
             main = {name: quality[name, self.config.sample.steps] for name in self.names}
             log = methods.read_log(self.dir.log)
             seconds = time.perf_counter() - begun
-            files.write_json(
-                self.dir.metrics, summary.metrics(self.dir, self.config, title, size, main, held_out, log, seconds)
-            )
+            found = summary.metrics(self.dir, self.config, title, size, main, held_out, log, seconds)
+            files.write_json(self.dir.metrics, found)
 
     def _quality(self, name: str, steps: int) -> dict[str, Any]:
         """The figures of one set of samples, and under "reasons" why some are null."""
         original = None if name == FULL_PRECISION else self._npz(FULL_PRECISION, steps)
-        judge = self.judge
+        evaluator = self.evaluator
         found, reasons = evaluation.evaluate_with_reasons(
-            self._npz(name, steps), judge.classifier, judge.reference, original
+            self._npz(name, steps), evaluator.classifier, evaluator.reference, original
         )
-        return {**found, "reasons": {"all figures": judge.reason} if judge.reason else reasons}
+        return {**found, "reasons": {"all figures": evaluator.reason} if evaluator.reason else reasons}
 
     def report(self) -> None:
         with self.dir.stage("report") as to_do:

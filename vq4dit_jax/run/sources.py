@@ -21,7 +21,7 @@ PREVIEW = "linear preview of the latents"
 
 
 @dataclasses.dataclass(frozen=True)
-class Judge:
+class Evaluator:
     """What quality is measured with; both None with the `reason` where there is nothing to measure with."""
 
     classifier: evaluation.Classifier | None = None
@@ -136,14 +136,14 @@ def open_decoder(vae: str, channels: int) -> tuple[Decoder, str]:
     return decode, f"VAE {vae}, sha256 {provenance.digest(params)}"
 
 
-def check_judge(classifier: str, reference: str) -> None:
-    """Raises `open_judge`'s InputErrors that can be told without reading the images."""
+def check_evaluator(classifier: str, reference: str) -> None:
+    """Raises `open_evaluator`'s InputErrors that can be told without reading the images."""
     evaluation.load_classifier(classifier)
     if not pathlib.Path(reference).exists():
         raise InputError(f"{reference}: no such file or folder of real images or their statistics")
 
 
-def open_judge(classifier: str, reference: str) -> Judge:
+def open_evaluator(classifier: str, reference: str) -> Evaluator:
     """The feature network and the statistics of the real images at these names or paths."""
     network = evaluation.load_classifier(classifier)
-    return Judge(network, evaluation.open_reference(reference, network))
+    return Evaluator(network, evaluation.open_reference(reference, network))
