@@ -44,10 +44,12 @@ def mixed_rules(depth: int) -> tuple[Rule, ...]:
     return (*((rf"blocks/{i}/.*/kernel", specs[i % 2]) for i in range(depth)), *dit_rules(2))
 
 
-def analysed(lowered: Any) -> dict[str, int]:
-    """Bytes of a program. What a result shares with an argument is counted once, as the argument."""
+def analysed(lowered: Any, twice: Any = ()) -> dict[str, int]:
+    """Bytes of a program. What a result shares with an argument is counted once, as the argument, and so is `twice`, a tree
+    that is given as two arguments."""
     found = lowered.compile().memory_analysis()
-    arguments, temporaries = found.argument_size_in_bytes, found.temp_size_in_bytes
+    arguments = found.argument_size_in_bytes - sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(twice))
+    temporaries = found.temp_size_in_bytes
     results = found.output_size_in_bytes - found.alias_size_in_bytes
     return dict(zip(PARTS, (arguments, results, temporaries, arguments + results + temporaries), strict=True))
 
@@ -80,7 +82,7 @@ def input_moments(depth: int) -> dict[str, int]:
     sched = network.process.schedule(steps)
     scale, given = jnp.float32(solving.cfg_scale), (moments.flatten(teacher), weights)
     arguments = (network, sampler_for(network.process), sched, teacher, problem, scale, given)
-    return analysed(trajectory._observed.lower(*arguments, observe=observe, reduce="sum", blocks=False))
+    return analysed(trajectory._observed.lower(*arguments, observe=observe, reduce="sum", blocks=False), twice=teacher)
 
 
 def _passes() -> tuple[tune.Tune, solve_layers.SolveLayers]:
@@ -107,12 +109,13 @@ def measure() -> list[dict[str, Any]]:
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    depths = (f"depth_{DEPTHS[0]}", f"depth_{BLOCKS}")
-    head = ["What", *(f"{part}, {depth.replace('depth_', '')} blocks" for depth in depths for part in PARTS)]
+    """Peaks at few blocks and at all; of the latter, what they are made of."""
+    few, all_ = f"depth_{DEPTHS[0]}", f"depth_{BLOCKS}"
+    head = ["What", f"{DEPTHS[0]} blocks", f"{BLOCKS} blocks", *(f"of these {part}" for part in PARTS[:-1])]
     lines = [head, ["---"] * len(head)]
-    lines += [
-        [row["what"], *(f"{row[depth][part] / 1e9:.2f} GB" for depth in depths for part in PARTS)] for row in rows
-    ]
+    for row in rows:
+        sizes = [row[few]["peak"], row[all_]["peak"], *(row[all_][part] for part in PARTS[:-1])]
+        lines.append([row["what"], *(f"{size / 1e9:.2f} GB" for size in sizes)])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
