@@ -157,8 +157,8 @@ def work(flags: argparse.Namespace, command: str) -> None:
     failures: dict[tuple[str, int], str] = {}
     if not flags.report_only:
         for case in (case for row in chosen for case in row):
-            stages.check(case.model, case.made_from)
-            stages.check(case.samples, case.sampled_from)
+            stages.claim(case.model, case.made_from).check()
+            stages.claim(case.samples, case.sampled_from).check()
         for row in chosen:
             for stage in stages.STAGES:
                 for case in row:

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 from vq4dit_jax import files
@@ -85,14 +86,14 @@ class Claim:
       file: JSON; its folder is what is claimed.
       facts: all that decides the result.
       remedy: what the user may do where the folder is of other facts.
-      about: what else is to be noted (devices, versions, date); it is not compared.
+      about: makes what else is to be noted (devices, versions, date); it is not compared.
       section: the key of the file under which the facts stand; None: they stand among `about`.
     """
 
     file: pathlib.Path
     facts: dict[str, Any]
     remedy: str = "choose another folder"
-    about: dict[str, Any] = dataclasses.field(default_factory=dict)
+    about: Callable[[], dict[str, Any]] = dict
     section: str | None = None
 
     def differing(self) -> list[tuple[str, str]]:
@@ -120,4 +121,4 @@ class Claim:
         self.check()
         if not self.file.exists():
             facts = self.facts if self.section is None else {self.section: self.facts}
-            files.write_json(self.file, {**facts, **self.about})
+            files.write_json(self.file, {**facts, **self.about()})
