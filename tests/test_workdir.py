@@ -411,7 +411,7 @@ def test_a_shorter_config_json_has_defaults_and_a_longer_one_is_refused(tmp_path
         ("import no_such_module\n", "no_such_module"),
         (
             "from vq4dit_jax.calibration.recipe import CANDIDATES\n",
-            "calibration.recipe is now vq4dit_jax.methods.recipe",
+            "calibration.recipe is now vq4dit_jax.methods.vq4dit",
         ),
         ("import vq4dit_jax.quantization as q\n", "vq4dit_jax.quantization is now vq4dit_jax.qarray"),
         ("from vq4dit_jax import calibration\n", "vq4dit_jax.calibration is now vq4dit_jax.methods"),

@@ -13,7 +13,7 @@ from vq4dit_jax.run import workdir
 MOVED = {
     "vq4dit_jax.baselines": "vq4dit_jax.methods",
     "vq4dit_jax.calibration": "vq4dit_jax.methods",
-    "vq4dit_jax.calibration.recipe": "vq4dit_jax.methods.recipe",
+    "vq4dit_jax.calibration.recipe": "vq4dit_jax.methods.vq4dit",
     "vq4dit_jax.checkpoint": "vq4dit_jax.storage.checkpoint",
     "vq4dit_jax.generation": "vq4dit_jax.run.generation",
     "vq4dit_jax.inference": "vq4dit_jax.networks.inference",
