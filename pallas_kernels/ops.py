@@ -1,4 +1,4 @@
-"""What a prepared network is made of, each run by the implementation that the selector names."""
+"""The operations of a prepared network, each run by the implementation that the selector chooses."""
 
 from typing import Any
 
@@ -51,7 +51,7 @@ def linear(
 
 
 def dense_linear(x: Any, weights: Any, e: Epilogue, layer: Int32[Array, " 1"]) -> Shaped[Array, "M O"]:
-    """The same through XLA: this layer's weights are decoded, and 8-bit operands multiplied as such."""
+    """The same through XLA: this layer's weights are decoded; 8-bit operands are multiplied in 8 bits."""
     i = layer[0]
     if weights.paired_rows:
         e = epilogue_lib.unpaired(e)
@@ -78,7 +78,7 @@ def _grouped_sums(x: Int8[Array, "M I"], weights: NibbleWeights, i: Int[Array, "
       int8 or float32 products by group, in a loop over 512 tokens each so that sums stay in the cache   1.3
       the loop over groups for fc2 (I = 4 O) and this form elsewhere   1.0
       this form with W^T                        1.0
-    A float32 product with I = 192 takes XLA no longer than an int8 one, so that exact sums by group have nothing to gain back.
+    A float32 product with I = 192 takes XLA no longer than an int8 one, so exact sums by group save no time.
     """
     values, scales = weights.dense(i)
     by_group = values.reshape(weights.rows, weights.steps, nibbles.COLUMNS).astype(jnp.float32)
