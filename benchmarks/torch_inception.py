@@ -1,4 +1,4 @@
-"""The FID network in PyTorch, as pytorch-fid runs it: what ours is timed and tested against. Shares no code with it."""
+"""The FID network in PyTorch, as pytorch-fid runs it, to time and test ours against; the two share no code."""
 
 import torch
 import torch.nn.functional as F
@@ -131,7 +131,7 @@ class TorchInception(nn.Module):
             self.fc = nn.Linear(2048, 1008)
 
     def forward(self, x):
-        """x (B, 3, 299, 299) from -1 to 1 -> features by their names in `vq4dit_jax.models.inception`."""
+        """x (B, 3, 299, 299) from -1 to 1 -> features by their names in `vq4dit_jax.evaluation.networks.inception`."""
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
         x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(F.max_pool2d(x, 3, stride=2)))
         x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(F.max_pool2d(x, 3, stride=2))))

@@ -1,6 +1,6 @@
 """The peer: a DiT of torch's own modules, with facebookresearch/DiT's parameter names, and its sampler step.
 
-The same mathematics as `vq4dit_jax.models.dit`, with which it shares no code: `tests/test_torch_peer.py` compares them.
+The same mathematics as `vq4dit_jax.networks.dit`, with which it shares no code: `tests/test_torch_peer.py` compares them.
 NCHW, as torch has it.
 """
 
