@@ -120,7 +120,7 @@ number of attention heads, which shapes do not tell, stands in the file's metada
 
 | | |
 |---|---|
-| what it is | a Diffusion Transformer (Peebles & Xie 2023, arXiv 2212.09748) in pixel space: it predicts noise and variance |
+| network | a Diffusion Transformer (Peebles & Xie 2023, arXiv 2212.09748) in pixel space: it predicts noise and variance |
 | size | width {m.hidden_size}, {m.depth} blocks, {m.num_heads} heads, patches of side {m.patch_size}, {parameters:,} numbers |
 | input | images in [-1, 1], time steps 0 to 999, labels 0 to {last}, and {m.num_classes} for the null label of guidance |
 | classes | {classes}, in this order |

@@ -69,21 +69,21 @@ def _grouped_sums(x: Int8[Array, "M I"], weights: NibbleWeights, i: Int[Array, "
     The kernel sums each group's integers exactly and then scales in float32. Here the scales come first, so that there is one
     product and no array of M x O for each group; both are within float32's rounding of the real sum.
 
-    Measured on two Zen 3 cores (XLA of jax 0.10.2, 12,800 tokens of the built-in model, CPU time of a whole forward in
-    multiples of this form's; shared cores, so about 10 % either way):
-      int8 einsum over all groups at once       4.5
-      int8 products, one for each group         1.8
-      float32 products of the integers, ditto   1.8
-      a loop over groups, int8 products         1.5
-      int8 or float32 products by group, in a loop over 512 tokens each so that sums stay in the cache   1.3
-      the loop over groups for fc2 (I = 4 O) and this form elsewhere   1.0
-      this form with W^T                        1.0
-    A float32 product with I = 192 takes XLA no longer than an int8 one, so exact sums by group save no time.
+    CPU time of a whole forward, in multiples of this form's. Two Zen 3 cores that were shared with other work (so 10 % either
+    way), jax 0.10.2, 12,800 tokens of the built-in model; the first row by way of W8A8's time, from another run:
+      int8 einsum over all groups at once                              3.5
+      float32 products of the integers, one for each group             1.7
+      int8 products, one for each group                                1.7
+      a loop over groups of int8 products                              1.5
+      products by group, int8 or float32, for 512 tokens at a time     1.3
+      this form with W^T                                               1.0
+      the loop over groups for fc2 (I = 4 O), this form elsewhere      1.0
+    At I = 192 XLA:CPU multiplies int8 about as fast as float32, so exact sums by group only add the arrays of sums.
     """
     values, scales = weights.dense(i)
     by_group = values.reshape(weights.rows, weights.steps, nibbles.COLUMNS).astype(jnp.float32)
     w = (by_group * scales.T[:, :, None]).reshape(weights.rows, -1)[:, : x.shape[1]]
-    # Full precision on devices where float32 products have less by default (an NVIDIA GPU older than Hopper).
+    # GPUs and TPUs round the operands of float32 products unless they are told not to.
     how = dict(precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
     return jax.lax.dot_general(x.astype(jnp.float32), w, _CONTRACT, **how)
 

@@ -88,7 +88,8 @@ def _bits_tile(size: Figures, quantized: float | None) -> Element:
 def _quality_tile(quality: Figures) -> Element:
     models = models_of({"quality": quality})
     distances = {name: figure(pick(quality, name, "fd")) for name in models}
-    full, first, *_, final = [*distances.values()] + list(distances.values())[-1:]
+    values = [*distances.values()]
+    full, first, final = values[0], values[min(1, len(values) - 1)], values[-1]
     tile = _tile("Fréchet distance", number(final), "lower is better" if final is not None else None)
     bars = element("dl", {"class": "mini"})
     highest = max((value for value in distances.values() if value is not None), default=None)
