@@ -1,7 +1,7 @@
 """Many images from one model: `python -m vq4dit_jax.sample --checkpoint=quantized/ --num-images=50000 --out=DIR`.
 
-Only to be run: in Python `vq4dit_jax.sample` is the function of `vq4dit_jax.networks.sampling`, and the work is
-`vq4dit_jax.run.generation`'s.
+A command only: in Python `vq4dit_jax.sample` is the function of `vq4dit_jax.networks.sampling`, and `vq4dit_jax.run.generation`
+does the work.
 """
 
 import argparse

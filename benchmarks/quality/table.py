@@ -135,7 +135,7 @@ def _other_steps(rows: list[dict[str, Any]]) -> str:
 
 
 def _remarks(rows: list[dict[str, Any]]) -> list[str]:
-    """ "VQ4DiT, 1.57 bits, seeds 1 and 2: ..." of what somebody wrote into a model's definition.json."""
+    """ "VQ4DiT, 1.57 bits, seeds 1 and 2: ..." for the remarks in the models' definition.json."""
     seeds_of: dict[tuple[str, str], list[str]] = {}
     for row in rows:
         for seed in row["seeds"]:
