@@ -128,18 +128,17 @@ def nearest_codewords(
 
 def seeds(points: Float[np.ndarray, "P d"], num_codewords: int, key: PRNGKeyArray) -> Float[np.ndarray, "K d"]:
     """K-means++ seeds. Where fewer than K sub-vectors differ, all distinct ones are there and the rest repeat."""
-    sample_key, draw_key = jax.random.split(key)
     most = max(min(_SEEDING_SAMPLES * num_codewords, _MAX_SEEDING_SAMPLES), 4 * num_codewords)
     if len(points) > most:
-        points = points[np.asarray(jax.random.randint(sample_key, (most,), 0, len(points)))]
-    chosen = _draw_seeds(tuple(jnp.asarray(column) for column in points.T), draw_key, num_codewords)
+        points = points[np.asarray(jax.random.randint(jax.random.split(key)[0], (most,), 0, len(points)))]
+    chosen = _draw_seeds(tuple(np.ascontiguousarray(points.T)), key, num_codewords)
     return points[np.asarray(chosen)]
 
 
 @functools.partial(jax.jit, static_argnames="num_codewords")
 def _draw_seeds(columns: tuple[Float[Array, " M"], ...], key: PRNGKeyArray, num_codewords: int) -> Int[Array, " K"]:
     """Indices of the seeds. One array a dimension: XLA:CPU does not vectorise a sum over a short last axis."""
-    first_key, key = jax.random.split(key)
+    first_key, key = jax.random.split(jax.random.split(key)[1])
     uniform = jax.random.uniform(key, (num_codewords,))
 
     def squared_to(index: Int[Array, ""]) -> Float[Array, " M"]:
