@@ -22,13 +22,16 @@ from conftest import ROOT
 from models import tiny
 
 import vq4dit_jax
+from vq4dit_jax.diffusion.sampling import to_uint8
 from vq4dit_jax.errors import InputError
 from vq4dit_jax.evaluation import npz
 from vq4dit_jax.files import asset
 from vq4dit_jax.methods.kmeans import quantize
+from vq4dit_jax.networks import sampling
+from vq4dit_jax.networks.conditioning import ClassLabels
 from vq4dit_jax.qarray.tree import random_params
 from vq4dit_jax.run import generation, seeds
-from vq4dit_jax.run.generation import Plan, class_labels
+from vq4dit_jax.run.generation import Plan
 from vq4dit_jax.storage.identity import Claim
 
 COMMAND = [sys.executable, "-m", "vq4dit_jax.sample"]
@@ -85,9 +88,9 @@ def test_the_images_are_those_of_the_library(whole):
     """The command's image i is `vq.sample`'s, wherever the shards begin; one level apart where rounding differs."""
     model, params = vq4dit_jax.load_pretrained(asset(TRAINED.removeprefix("asset:")))
     key, indices = seeds.stream(0, seeds.SAMPLES), np.asarray([0, 6, 7, 31, 59])
-    labels = class_labels("random", key, indices, model.num_classes)
+    labels = ClassLabels(model.num_classes).choose("random", key, indices)
     x = vq4dit_jax.sample(model, params, labels, key=key, num_steps=3, cfg_scale=1.5, indices=indices)
-    ours = generation.sampling.to_uint8(np.asarray(x)).astype(int)
+    ours = to_uint8(np.asarray(x)).astype(int)
     difference = np.abs(ours - np.load(whole / "samples.npz")["arr_0"][indices])
     assert difference.max() <= 1 and (difference > 0).mean() < 0.01
 
@@ -215,7 +218,7 @@ def test_help_names_every_option_and_an_example(capsys):
 
 def test_running_the_command_leaves_the_function_of_the_same_name():
     """`python -m vq4dit_jax.sample` is a module; `vq4dit_jax.sample` has to stay the function."""
-    assert vq4dit_jax.sample is generation.sampling.sample
+    assert vq4dit_jax.sample is sampling.sample
 
 
 # Parts -----------------------------------------------------------------------------------------------------------
@@ -245,13 +248,14 @@ def test_parts_that_do_not_fit_leave_no_file(tmp_path):
 
 def test_balanced_labels_differ_by_at_most_one_and_random_ones_do_not_know_the_batch():
     key = jax.random.key(3)
-    counts = np.bincount(class_labels("balanced", key, np.arange(1003), 10))
+    choose = ClassLabels(10).choose
+    counts = np.bincount(choose("balanced", key, np.arange(1003)))
     assert counts.max() - counts.min() <= 1
-    whole = class_labels("random", key, np.arange(1000), 10)
-    parts = np.concatenate([class_labels("random", key, np.arange(i, i + 8), 10) for i in range(0, 1000, 8)])
+    whole = choose("random", key, np.arange(1000))
+    parts = np.concatenate([choose("random", key, np.arange(i, i + 8)) for i in range(0, 1000, 8)])
     np.testing.assert_array_equal(whole, parts)
     assert np.bincount(whole, minlength=10).min() > 60  # 100 expected, standard deviation 9.5
-    np.testing.assert_array_equal(class_labels("207,360", key, np.arange(4, 7), 1000), [207, 360, 207])
+    np.testing.assert_array_equal(ClassLabels(1000).choose("207,360", key, np.arange(4, 7)), [207, 360, 207])
 
 
 @pytest.mark.parametrize("seed", [-1, 2**32, 1.5])

@@ -100,6 +100,8 @@ def test_metrics_follow_the_schema_and_the_files(finished):
         "steps", "l_d_last", "l_r_last", "frozen_fraction", "kmeans_l_d", "hard_l_d", "kmeans_eps_error", "hard_eps_error"
     }  # fmt: skip
     assert set(m["time_s"]) == {"load", "kmeans", "calibrate", "export", "sample", "evaluate"}
+    steps = sum(json.loads(line)["seconds"] for line in (finished / "train_log.jsonl").read_text().splitlines())
+    assert m["time_s"]["calibrate"] > steps + 0.01  # the pass after the steps, too
     assert set(m["recipe"]) == {"sampler", "steps", "cfg_scale", "seed", "batch", "devices", "versions"}
 
 
@@ -178,7 +180,7 @@ def test_killed_in_every_stage_it_ends_with_the_same_figures(finished, tmp_path_
     signs = {
         "load": (workdir / "config.json").exists,
         "quantize": lambda: done("load"),
-        "calibrate": (workdir / "calibration" / "step_000002").exists,
+        "calibrate": (workdir / "calibration" / "vq4dit_passes" / "00_tune_steps" / "step_000002").exists,
         "export": (workdir / "quantized").exists,
         "sample": (workdir / "samples" / "fp.npz").exists,
         "evaluate": lambda: done("sample"),

@@ -172,6 +172,47 @@ def test_the_better_quantized_model_is_marked(tmp_path, data):
     assert marked == ["20.6", "16.2", "4.91", "0.513", "0.413", "23.0"]  # PSNR was made higher for k-means
 
 
+def of_models(data: ReportData, names: tuple[str, ...]) -> ReportData:
+    """The report of a run of these models, the last one the best but for full precision, with the tables of all of them."""
+    full, *_ = data.metrics["quality"].values()
+    distances = {name: 10.0 * (len(names) - i if i else 1) for i, name in enumerate(names)}
+    quality = {name: {**full, "fd": distances[name], "psnr_to_fp_db": 20.0 + i} for i, name in enumerate(names)}
+    images = dict(zip(names, list(data.images.values()) * 2, strict=False))
+    row = {"bytes": 1000, "sampler": "ddpm", "cfg_scale": 1.5, "seed": 0, **full}
+    table = [{**row, "method": name, "bits": 32.0 if name == names[0] else 2.0, "steps": steps, "fd": distances[name]}
+             for name in names for steps in (50, 100)]  # fmt: skip
+    return dataclasses.replace(data, metrics={**data.metrics, "quality": quality}, images=images, table=table)
+
+
+@pytest.mark.parametrize(
+    ("names", "titles"),
+    [
+        (("fp", "quantized"), ("full precision", "quantized")),
+        (
+            ("fp", "kmeans", "balanced & rotated", "vq4dit"),
+            ("full precision", "k-means", "balanced & rotated", "VQ4DiT"),
+        ),
+    ],
+)
+def test_a_run_of_any_number_of_models_has_all_of_them_in_every_part(tmp_path, data, names, titles):
+    page = written(tmp_path, of_models(data, names))
+    assert len(page.all("img")) == 6 * len(names)
+    alternatives = [image["alt"] for image in page.all("img")]
+    assert all(
+        f"{title[0].upper() + title[1:]}, seed 2: ship".lower() in map(str.lower, alternatives) for title in titles
+    )
+    assert ("three models" in page.text) == (len(names) == 3)
+    heads = re.findall(r"Measure(.*?)Fr", page.text)
+    assert [title.lower() in heads[0].lower() for title in titles] == [True] * len(titles)
+    assert all(page.text.lower().count(title.lower()) >= 3 for title in titles)  # tile, pictures, quality
+    source = (tmp_path / "report.html").read_text()
+    marked = re.findall(r"<strong>(.*?)</strong>", source)
+    # The distances of the quantized models differ where there are several, and the last one's is the least.
+    assert marked == (["10.0", f"{20.0 + len(names) - 1:.1f}"] if len(names) > 2 else []), marked
+    assert ("closes" in page.text) == (len(names) > 2)
+    assert "Quality by time steps and bits" in page.text
+
+
 def test_only_inception_features_are_called_inception(tmp_path, data):
     quality = {name: {**data.metrics["quality"][name], "features": "Inception-v3 pool_3"} for name in MODELS}
     text = written(tmp_path, dataclasses.replace(data, metrics={**data.metrics, "quality": quality})).text

@@ -28,16 +28,7 @@ def finished(tmp_path_factory):
         (r".*", ()),
     )
     c.quantize.kmeans_iterations = 1
-    c.calibration.update(
-        layerwise=False,
-        allocation="given",
-        gains=False,
-        num_candidates=1,
-        steps=2,
-        batch=1,
-        trajectory_steps=2,
-        variance=False,
-    )
+    c.method = "rules"
     c.sample.num_images, c.sample.batch, c.sample.steps, c.sample.grid_images = 2, 2, 2, 2
     configs.validate(c)
     pipeline.run(c, str(folder), "python -m vq4dit_jax.main")
@@ -46,6 +37,8 @@ def finished(tmp_path_factory):
 
 def test_a_run_has_its_bytes_layers_and_files(finished):
     metrics = json.loads((finished / "metrics.json").read_text())
+    assert list(metrics["quality"]) == ["fp", "quantized"]
+    assert {p.name for p in (finished / "samples").glob("*.npz")} == {"fp.npz", "quantized.npz"}
     model, packed, manifest = vq.load_quantized(finished / "quantized")
     found = vq.sizes(packed)
     size = metrics["size"]

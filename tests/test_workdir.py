@@ -1,6 +1,7 @@
 """A run's folder: what may change between two starts, what may not, and what is said before work begins."""
 
 import copy
+import importlib.util
 import json
 import os
 import types
@@ -411,7 +412,7 @@ def test_a_shorter_config_json_has_defaults_and_a_longer_one_is_refused(tmp_path
         ("import no_such_module\n", "no_such_module"),
         (
             "from vq4dit_jax.calibration.recipe import CANDIDATES\n",
-            "calibration.recipe is now vq4dit_jax.methods.vq4dit",
+            "calibration.recipe.CANDIDATES is now vq4dit_jax.methods.vq4dit.CANDIDATES",
         ),
         ("import vq4dit_jax.quantization as q\n", "vq4dit_jax.quantization is now vq4dit_jax.qarray"),
         ("from vq4dit_jax import calibration\n", "vq4dit_jax.calibration is now vq4dit_jax.methods"),
@@ -432,12 +433,12 @@ def test_a_config_of_0_1_0_goes_on_working(tmp_path):
 
 
 def test_what_has_moved_is_where_the_table_says():
-    import importlib.util
-
     for old, new in programs.MOVED.items():
         assert importlib.util.find_spec(new) is not None, old
         parent = old.rpartition(".")[0]
         assert importlib.util.find_spec(parent) is None or importlib.util.find_spec(old) is None
+    for name, home in programs.NAMES.items():
+        assert hasattr(importlib.import_module(home), name)
 
 
 def test_the_config_that_is_copied_is_not_the_one_that_is_kept(workdir):

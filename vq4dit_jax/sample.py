@@ -129,7 +129,7 @@ def _main(flags: argparse.Namespace) -> None:
         "decoder": decoder,
         "rounding": "uint8, 127.5 x + 128, clipped, cut off",
     }
-    about = {"checkpoint": flags.checkpoint, "devices": provenance.devices(), "versions": provenance.versions()}
+    about = lambda: {"checkpoint": flags.checkpoint, "devices": provenance.devices(), "versions": provenance.versions()}
     made_from = Claim(folder / "recipe.json", recipe, about=about)
     # A refusal must not keep the folder: everything is checked before it is claimed.
     made_from.check()

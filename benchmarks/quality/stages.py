@@ -130,7 +130,7 @@ def size_figures(sizes: Sizes) -> dict[str, float | int]:
 
 def claim(folder: pathlib.Path, definition: dict[str, Any]) -> Claim:
     """The definition that a result in `folder` is made from."""
-    about = {
+    about = lambda: {
         "commit": record.commit(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "devices": record.devices(),

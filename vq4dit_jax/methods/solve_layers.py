@@ -74,7 +74,7 @@ def moments_for(run: Context, params: Any, images: int, cfg_scale: float) -> dic
         keys = {name: pass_key(run.key, name) for name in ("moments", "step weights")}
         weights = step_weights(network, run.teacher, key=keys["step weights"], images=images, cfg_scale=cfg_scale)
         run.memo[wanted] = input_moments(
-            network,
+            run.model,
             run.teacher,
             paths,
             key=keys["moments"],

@@ -320,8 +320,7 @@ def update(
         axis = mask.ndim - 2
         ratios = jax.nn.softmax(trainable.logits[f"{key}:logits"], axis)
         frozen[key] = mask | (ratios.max(axis) >= threshold)
-        bins = jnp.clip((ratios.take(0, axis).reshape(-1) * _BINS).astype(jnp.int32), 0, _BINS - 1)
-        histogram += jnp.bincount(bins, length=_BINS).astype(jnp.int32)
+        histogram += histogram_of(ratios.take(0, axis))
     decided = sum((mask.sum(dtype=jnp.float32) for mask in frozen.values()), jnp.float32(fixed))
     metrics = {
         "loss": loss,
@@ -333,6 +332,12 @@ def update(
         "ratio_histogram": histogram,
     }
     return State(trainable, frozen, optimizer, jnp.minimum(floor, l_r), state.step + 1), metrics
+
+
+def histogram_of(ratios: Float[Array, "..."]) -> Int[Array, " 20"]:
+    """Counts of ratios in equal bins of [0, 1], in integers: float32 would stop at 16,777,216."""
+    bins = jnp.clip((ratios.reshape(-1) * _BINS).astype(jnp.int32), 0, _BINS - 1)
+    return jnp.zeros(_BINS, jnp.int32).at[bins].add(1)
 
 
 def _settled(frozen: Bool[Array, "*stack O S"]) -> Bool[Array, "*stack"]:

@@ -66,8 +66,8 @@ class OutputLayer(NamedTuple):
     path: str
     patch: int
 
-    def tokens(self, image: Float[Array, "B H W C"]) -> Float[Array, "B*T F"]:
-        """The rows (B * T, p*p*C) of an image's patches."""
+    def tokens(self, image: Float[Array, "B H W C"]) -> Float[Array, "N F"]:
+        """The rows (N, p*p*C) of all patches, N = B * T."""
         batch, height, width, channels = image.shape
         p = self.patch
         a = image.reshape(batch, height // p, p, width // p, p, channels).transpose(0, 1, 3, 2, 4, 5)

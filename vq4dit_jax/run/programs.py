@@ -25,6 +25,12 @@ MOVED = {
     "vq4dit_jax.vq": "vq4dit_jax.qarray",
 }
 """Modules of 0.1.0 that a config may import -> what they are called now."""
+NAMES = {
+    **dict.fromkeys(("CANDIDATES", "FINE", "LAYERWISE", "PAPER", "RELEASED"), "vq4dit_jax.methods.vq4dit"),
+    **dict.fromkeys(("dit_rules",), "vq4dit_jax.networks.rules"),
+    **dict.fromkeys(("VQSpec",), "vq4dit_jax.qarray.spec"),
+}
+"""What a config may import from those modules and is not where the module is now -> the module where it is."""
 
 
 def load(file: str) -> dict[str, Any]:
@@ -67,16 +73,18 @@ def load(file: str) -> dict[str, Any]:
 
 def _moved(path: pathlib.Path) -> str:
     """What the imports of a program are called now, in words; "" where none has moved."""
-    names = []
+    found = {}
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            names += [alias.name for alias in node.names]
+            found |= {alias.name: MOVED[alias.name] for alias in node.names if alias.name in MOVED}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            names += [f"{node.module}.{alias.name}" for alias in node.names] + [node.module]
-    found = {name: MOVED[name] for name in names if name in MOVED}
-    return "; ".join(
-        f"{old} is now {new}" for old, new in found.items() if not any(n.startswith(f"{old}.") for n in found)
-    )
+            whole = [f"{node.module}.{alias.name}" for alias in node.names]
+            found |= {name: MOVED[name] for name in whole if name in MOVED}
+            if node.module in MOVED:
+                names = {name: NAMES.get(name.rpartition(".")[2]) for name in whole}
+                moved = {name: f"{home}.{name.rpartition('.')[2]}" for name, home in names.items() if home}
+                found |= moved or ({} if whole[0] in found else {node.module: MOVED[node.module]})
+    return "; ".join(f"{old} is now {new}" for old, new in found.items())
 
 
 def _slip(file: str, path: pathlib.Path, error: Exception) -> InputError:
