@@ -201,7 +201,7 @@ def _checked(name: str, values: jax.typing.ArrayLike, axes: tuple[str, ...]) -> 
         place = ", ".join(map(str, where))
         raise InputError(
             f"{name}[{place}] is {values[where]}: wanted finite numbers below {_LARGEST:g} in magnitude;"
-            " mend the weights it comes from"
+            " correct the weights it comes from"
         )
     return values
 
