@@ -127,7 +127,7 @@ def _textbook(weight, moments, grid, bits, dampening=0.01):
 @pytest.mark.parametrize("block", [16, 128])  # 16 leaves a last block that is filled up
 def test_gptq_is_the_textbooks_in_float64(bits, group, kind, block):
     weight, moments = _weight(), _moments()
-    grid = uniform.spread(uniform.fit_grid(weight, bits, group, kind, (1.0,)), 40, group)
+    grid = uniform.expand(uniform.fit_grid(weight, bits, group, kind, (1.0,)), 40, group)
     factor = jnp.asarray(inverse_factor(moments), jnp.float32)
     found, error = round_columns(weight, factor, grid, bits, block)
     wanted = _textbook(weight, moments, grid, bits)
