@@ -1,11 +1,11 @@
-"""Is fd768 a measure? CIFAR-10's training images against its test images, and half of the classes against the others.
+"""A test of fd768 as a measure: CIFAR-10's training images against its test images, and half of the classes against the others.
 
     python -m benchmarks.cifar10_fd768 CIFAR10 WEIGHTS --out=benchmarks/results/cifar10_fd768.json
 
 CIFAR10 has the folders train/CLASS and test/CLASS. A Frechet distance falls with the number of images, so all but the
 first row compare sets of the same size, with as many images of each class, the first by name:
 
-  all of train against test     as it is commonly asked for
+  all of train against test     the common comparison
   train against test            small: two draws of one distribution
   the same with half of each    how much of that is the number of images, and how much it varies between draws
   5 classes against the other 5 another distribution, with as many images as in the second row

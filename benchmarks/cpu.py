@@ -3,10 +3,10 @@
     python -m benchmarks.cpu [--output=benchmarks/results/cpu_forward.json]
 
 One call predicts the guided noise of `--images` images, which is twice as many rows of the network. The forms are called
-in turn, on the same numbers and all the cores of this process, so that what slows the machine for a while slows them all:
+in turn, on the same numbers and all the cores of this process, so that other work on the machine slows them all:
 
   dense           the parameters in float32
-  packed          `quantize(params, 2)`, as it is: the blocks decode their weights in float32
+  packed          `quantize(params, 2)`: the blocks decode their weights in float32
   W2A8            that, by `prepare_for_inference`, with 8-bit activations
   W8A8, W4A8      the dense parameters, by `prepare_for_inference`, with 8-bit and 4-bit integers
   torch ...       `benchmarks.gpu.torch_dit` with the same weights: float32, bfloat16, and float32 through torch.compile
@@ -39,7 +39,7 @@ from vq4dit_jax.storage import provenance
 CFG_SCALE = 1.5
 REFERENCE = "torch float32"
 TOLERANCES = {"dense": 1e-4, "torch compiled": 1e-4, "torch bfloat16": 0.05, "W8A8": 0.05, "W4A8": 0.3}
-"""Largest relative difference from PyTorch in float32. k-means at 2 bits alone is coarser: 0.5 for what is packed."""
+"""Largest relative difference from PyTorch in float32. k-means at 2 bits alone is coarser: 0.5 for packed forms."""
 _ASSET = "dit_cifar10.safetensors"
 
 Call = Callable[[], Any]

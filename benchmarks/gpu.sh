@@ -7,18 +7,16 @@
 # a kernel is wrong; 2 where the Python, a package or the GPU is missing. Needs no network and no installation: a Python with
 # jax (0.10.2 or newer, with its CUDA plugin), flax and jaxtyping, and for the peer PyTorch. PYTHON names another one.
 #
-# On a lent machine that gets a copy of this tree, with the tool `device`:
+# On a remote machine with a copy of this tree and no .git, give the commit:
 #
-#   command:   BENCHMARK_COMMIT=COMMIT benchmarks/gpu.sh        timeout_s: 590        kind: nvidia-h200 (or nvidia-h100-x1)
+#   BENCHMARK_COMMIT=COMMIT benchmarks/gpu.sh
 #
-# COMMIT is what `git describe --always --dirty` says here; the copy may have no .git. That machine's image has Python 3.12, jax,
-# flax, jaxtyping and PyTorch. Should one be missing, or too old, it travels as wheels: here, in the repository's root,
+# COMMIT is the output of `git describe --always --dirty` in the repository. If a package is missing there, or too old, copy its
+# wheel into .whl/ of the tree; the lines below put these wheels before the machine's packages. To get one, in the repository's root:
 #
 #   echo /.whl/ >> .git/info/exclude
 #   python3 -m pip download --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
 #     --platform manylinux_2_28_x86_64 --platform manylinux_2_27_x86_64 --platform manylinux2014_x86_64 -d .whl NAME==VERSION
-#
-# and with `.whl` in the call's `carry` the wheels are put in front of that machine's packages by the lines below.
 set -u
 cd "$(dirname "$0")/.." || exit 2
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1

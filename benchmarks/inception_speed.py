@@ -10,8 +10,8 @@ The competitors take turns, on the same uint8 images and all the cores of this p
                   only adds the bias (mean 0, variance 1 - eps, scale 1): the same operations on other numbers.
   torch, tuned    the same network with that batch norm folded into the convolution again, channels_last
 
-That all compute the same is checked first, on images of 299 x 299 pixels, where no resizing comes between (pytorch-fid
-resizes with half-pixel centres, which is not what the network's authors did).
+A first check shows that all compute the same, on images of 299 x 299 pixels, where no resizing comes between (pytorch-fid
+resizes with half-pixel centres, unlike the network's authors).
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Which commit a figure was made at, and on which machine."""
+"""The commit and the machine of a figure."""
 
 import os
 import pathlib
@@ -34,7 +34,7 @@ def devices() -> str:
 
 
 def describe_processor(cpuinfo: str) -> str:
-    """ "AMD EPYC, avx2" from the text of /proc/cpuinfo; what it does not say is left out."""
+    """ "AMD EPYC, avx2" from the text of /proc/cpuinfo; missing parts are left out."""
     name = re.search(r"^model name\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
     flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
     there = set(flags[1].split()) if flags else set()

@@ -1,4 +1,4 @@
-"""The FID network in PyTorch, as pytorch-fid runs it: what ours is timed and tested against. Shares no code with it."""
+"""The FID network in PyTorch, as pytorch-fid runs it, to time and test ours against; the two share no code."""
 
 import torch
 import torch.nn.functional as F

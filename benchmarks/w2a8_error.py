@@ -1,10 +1,10 @@
-"""What 8-bit activations add to the error of 2-bit weights, on the built-in model after calibration.
+"""The error that 8-bit activations add to 2-bit weights, on the built-in model after calibration.
 
     python -m benchmarks.w2a8_error --run=runs/cifar10_w2 [--output=benchmarks/results/w2a8_error.json]
 
 Relative L2 differences of guided noise predictions, means over held-out trajectories (16 images, 10 DDPM steps, guidance
 1.5), to three references, each on its own trajectory: full precision; the packed 2-bit model in float32; and the same in
-bfloat16. The last difference is what the 8 bits do, and nothing else. On any device: the arithmetic is that of the
+bfloat16. The last difference is the effect of the 8 bits alone. On any device: the arithmetic is that of the
 kernels (8-bit products, 32-bit sums), through XLA where no kernel runs.
 """
 

@@ -1,4 +1,4 @@
-"""What every reader of weights gives: the names and shapes of tensors, and a function that reads one of them."""
+"""`Checkpoint`, the result of every reader of weights."""
 
 import dataclasses
 import json
@@ -18,7 +18,7 @@ class Checkpoint:
     """Names and shapes of a checkpoint's tensors, and a function that reads one of them.
 
     Attributes:
-      path: the file or folder, as it is named in errors.
+      path: the file or folder, named in errors.
       shapes: name -> shape.
       read: name -> array in the stored floating type. Files are mapped into memory: nothing is kept after the call.
       config: contents of the `config.json` beside the weights; empty if there is none.
@@ -37,7 +37,7 @@ class Checkpoint:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What the file says of its model besides shapes: training arguments, above them the config, then the metadata."""
+        """The file's facts about its model besides shapes: training arguments, above them the config, then the metadata."""
         return {**self.arguments, **self.config, **self.metadata}
 
 

@@ -1,7 +1,7 @@
 """How many classes a label table has, and whether its last row is the null label of guidance.
 
 A table trained with label dropout has one row more than classes; one trained with class_dropout_prob=0 has none. Shapes
-do not tell which. Facts do: what the caller says, the training arguments, a config or the metadata; and a table
+do not distinguish them. These facts do: the caller's num_classes, the training arguments, a config or the metadata; a table
 of exactly 1000 rows is ImageNet's without a null row. Without any fact the last row is the null label.
 """
 
@@ -17,7 +17,7 @@ _DROPOUTS = ("class_dropout_prob", "cfg_prob")  # DiT's and SiT's name, and REPA
 
 
 class Classes(NamedTuple):
-    """A table's classes; `note` says where the file's own facts were not believed."""
+    """A table's classes; `note` says where the file's own facts were overruled."""
 
     num_classes: int
     null_label: bool
@@ -25,7 +25,7 @@ class Classes(NamedTuple):
 
 
 def count_classes(checkpoint: Checkpoint, name: str, rows: int, num_classes: int | None) -> Classes:
-    """What a table called `name` with this many rows holds; `num_classes` is what the caller says.
+    """The classes of a table called `name` with this many rows; `num_classes` is the caller's, or None.
 
     Raises:
       InputError: `num_classes` fits neither with nor without a null row.

@@ -43,7 +43,7 @@ CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")
 DEFAULT_NORM_EPS = 1e-5
 FREQ_SHIFT = 1
 
-# What a config may say, besides sizes, for our module to compute the same.
+# Values of a config, besides sizes, with which our module computes the same.
 _WANTED = {
     "norm_type": "ada_norm_zero",
     "activation_fn": "gelu-approximate",

@@ -1,8 +1,8 @@
 """The official DiT-XL/2 checkpoints and the VAEs that go with them: found in the cache folder, or downloaded there,
 resumably and checked.
 
-Of most of them no checksum is published. So a checksum is trusted on first use: a download is complete when it has the
-length that the server announced and opens as what it should be; its SHA-256 is then printed and stored beside it in
+Most of them have no published checksum, so a checksum is trusted on first use: a download is complete when it has the
+length that the server announced and opens as a file of its kind; its SHA-256 is then printed and stored beside it in
 `<name>.sha256`, and every later use compares. That catches a file that changes, not one that was wrong from the start.
 So a file without a known checksum comes over https, redirects included, or from this machine.
 """
@@ -52,7 +52,7 @@ OFFICIAL_VAES: dict[str, tuple[str, dict[str, str | None]]] = {
         },
     ),
 }
-# What quality is measured with: address, file name, SHA-256. The network's is that of many public records.
+# Feature network and reference statistics: address, file name, SHA-256. The network's stands in many public records.
 OFFICIAL_EVALUATION: dict[str, tuple[str, str, str | None]] = {
     "inception-2015-12-05": (
         "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights",
@@ -110,7 +110,7 @@ def official_vae(
     base_url: str = HUB_URL,
     pause: float = 1.0,
 ) -> pathlib.Path:
-    """Folder of an official VAE in diffusers' layout, `folder`/`name`; what is not in it yet is downloaded.
+    """Folder of an official VAE in diffusers' layout, `folder`/`name`; missing files are downloaded.
 
     Arguments and errors are `official_checkpoint`'s, with `name` a key of `OFFICIAL_VAES`; torch is not needed.
     """
@@ -146,7 +146,7 @@ def official_evaluation(
 
 
 def official(name: str, download: bool = True) -> pathlib.Path:
-    """Path of an official file or folder of any kind: a checkpoint, a VAE, or what quality is measured with.
+    """Path of an official file or folder of any kind: a checkpoint, a VAE, or a file of the evaluation.
 
     Without `download` only the cache folder is looked into. InputError lists the names there are.
     """
@@ -223,7 +223,7 @@ def _fetch(
 
 
 def check_address(url: str) -> None:
-    """Refuses an address from which anybody on the way could send other bytes: only https, and this machine, are left."""
+    """Refuses addresses where others could change the data on the way: all but https and this machine."""
     address = urllib.parse.urlsplit(url)
     if address.scheme == "https" or (address.scheme == "http" and address.hostname in _THIS_MACHINE):
         return
@@ -281,7 +281,7 @@ def _append(opener: urllib.request.OpenerDirector, url: str, file: BinaryIO, par
             raise
         if error.headers.get("Content-Range") == f"bytes */{start}":
             return True
-        _restart(file, etag)  # longer than what the server has: of another file
+        _restart(file, etag)  # longer than the server's file, so of another file
         return False
     with response:
         if response.status == http.client.PARTIAL_CONTENT:
@@ -311,7 +311,7 @@ def _append(opener: urllib.request.OpenerDirector, url: str, file: BinaryIO, par
 def _read(response: http.client.HTTPResponse) -> bytes:
     try:
         return response.read(_CHUNK)
-    except OSError as error:  # of the network, not to be taken for one of the disk
+    except OSError as error:  # an error of the network, not of the disk
         raise ConnectionError(str(error)) from None
 
 
@@ -325,7 +325,7 @@ def _check_sum(
 ) -> None:
     """Compares the checksum of `path` with the known one or that of the first use; a first use is recorded.
 
-    `path` is `target`, or what is about to be renamed to it.
+    `path` is `target`, or the partial file that will be renamed to it.
     """
     found = sha256(path)
     if known is not None and found != known:

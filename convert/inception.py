@@ -1,6 +1,6 @@
-"""Weights of the FID network, Inception-v3 of 2015-12-05, in the forms that people have -> parameters of `Inception`.
+"""Weights of the FID network, Inception-v3 of 2015-12-05, in all common forms -> parameters of `Inception`.
 
-| form | what it is |
+| form | content |
 |---|---|
 | `.pth`, `.pt`, `.safetensors` | pytorch-fid's port, torchvision's names (`Mixed_5b.branch1x1.conv.weight`) |
 | `.pb` | the frozen TensorFlow graph (`classify_image_graph_def.pb`, also ADM's copy); parsed, not run |
@@ -29,7 +29,7 @@ from convert.readers import open_checkpoint
 from vq4dit_jax.errors import InputError
 from vq4dit_jax.evaluation.networks.inception import Inception
 
-# The network was trained with it; a graph that says otherwise is believed.
+# The value of the training; a graph with another value overrules it.
 _BATCH_NORM_EPS = 1e-3
 _TORCH_STEM = dict(
     conv="Conv2d_1a_3x3", conv_1="Conv2d_2a_3x3", conv_2="Conv2d_2b_3x3", conv_3="Conv2d_3b_1x1", conv_4="Conv2d_4a_3x3"
@@ -61,7 +61,7 @@ _TORCH_BLOCKS = {
 
 
 def load_inception(source: str | os.PathLike) -> dict:
-    """Reads weights -> nested float32 parameters of `Inception(complete)`; `is_complete` says of which.
+    """Reads weights -> nested float32 parameters of `Inception(complete)`; `is_complete` says which.
 
     Args:
       source: a file or folder in one of the forms above, or the https:// handle of a TF-Hub module.
@@ -132,7 +132,7 @@ def fold_batch_norm(
 
 
 class _Reader:
-    """Takes parameters out of a checkpoint by name, and knows in the end which ones are left."""
+    """Takes parameters out of a checkpoint by name, and reports those that are left in the end."""
 
     def __init__(self, checkpoint: Checkpoint):
         self.checkpoint, self.left = checkpoint, set(checkpoint.shapes)

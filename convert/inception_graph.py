@@ -11,7 +11,7 @@ import numpy as np
 from convert.checkpoint import Checkpoint
 from vq4dit_jax.errors import InputError, MissingExtraError
 
-# A layer that only this network has, by which it is found in a graph, whatever stands before its name.
+# A layer of this network alone; its name, under any prefix, finds the network in a graph.
 _LANDMARK = "mixed_10/tower_2/conv/conv2d_params"
 _BATCH_NORM_EPSILON = {
     "BatchNormWithGlobalNormalization": "variance_epsilon",
@@ -19,7 +19,7 @@ _BATCH_NORM_EPSILON = {
     "FusedBatchNormV2": "epsilon",
     "FusedBatchNormV3": "epsilon",
 }
-# What the names of the network's parameters end in; a graph has other constants (axes, shapes, image statistics) too.
+# Endings of the names of the network's parameters; a graph has other constants (axes, shapes, image statistics) too.
 _PARAMETER = re.compile(r"(conv2d_params|beta|gamma|moving_mean|moving_variance|softmax/weights|softmax/biases)$")
 
 
@@ -59,7 +59,7 @@ def open_module(handle: str) -> Graph:
         raise MissingExtraError("tensorflow-hub", "tfgan", f"reading {handle}") from None
     try:
         folder = tensorflow_hub.resolve(handle)
-    except Exception as error:  # whatever the network, the archive or the cache may raise
+    except Exception as error:  # any exception of the network, the archive or the cache
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise InputError(f"{handle}: cannot be fetched: {reason[:200]}") from None
     return open_saved_model(pathlib.Path(folder))

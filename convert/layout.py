@@ -1,7 +1,7 @@
 """Checkpoint layouts as data: which tensors of a checkpoint make up a leaf of our tree, and how they are turned.
 
-A `Layout` is a table of `Rule`s. From it and from the shapes of our own tree follow the names and the shapes that a
-checkpoint must have, so nothing is said twice.
+A `Layout` is a table of `Rule`s. The names and shapes that a checkpoint must have
+follow from it and from the shapes of our own tree.
 """
 
 import dataclasses
@@ -62,8 +62,8 @@ class Layout:
     """A kind of checkpoint.
 
     Attributes:
-      name: as errors call it.
-      block_prefix: what stands before the number of a block in parameters' names.
+      name: in errors.
+      block_prefix: the part of a parameter's name before the number of the block.
       rules: one for each leaf; a leaf without a rule is computed, not read.
     """
 
@@ -107,7 +107,7 @@ class Layout:
                 )
 
     def check_shapes(self, checkpoint: Checkpoint, depth: int, leaves: Mapping[str, Shape]) -> None:
-        """Compares every tensor with what the leaves of our tree, '/'-joined path -> shape, ask for."""
+        """Compares every tensor with the shapes of our tree's leaves, '/'-joined path -> shape."""
         for rule in self.rules:
             rows, *rest = rule.kind.origin(leaves[rule.path][1:] if rule.stacked else leaves[rule.path])
             wanted = (rows // len(rule.sources), *rest)
@@ -125,7 +125,7 @@ class Layout:
     def _stack(self, checkpoint: Checkpoint, rule: Rule, depth: int, dtype: Any) -> np.ndarray:
         first = self._leaf(checkpoint, rule, 0, dtype)
         if not rule.stacked:
-            return np.array(first, order="C")  # a copy, for what is read is a view of the mapped file
+            return np.array(first, order="C")  # a copy, because `read` gives a view of the mapped file
         leaf = np.empty((depth, *first.shape), dtype)
         leaf[0] = first
         for i in range(1, depth):

@@ -27,7 +27,7 @@ from vq4dit_jax.networks.dit import DiT
 from vq4dit_jax.networks.layers import sincos_positions
 
 _LAYOUTS = (FACEBOOK, DIFFUSERS)
-_MAX_INPUT_SIZE = 4096  # a position table of more is a mistake in a config
+_MAX_INPUT_SIZE = 4096  # a config with a larger position table is a mistake
 
 
 def load_pretrained(
@@ -54,7 +54,7 @@ def load_pretrained(
       num_classes: without the null label of guidance. Where given, the checkpoint must agree with it. Needed only for a
         table without a null row that nothing in the file tells of (see `convert.classes`).
       input_size: side of the image or latent in model space. Needed only for diffusers weights without their config.
-      predicts: "eps" or "flow"; another way to say what the family of `variant` says.
+      predicts: "eps" or "flow"; has the same meaning as the family of `variant`.
       dtype: of the parameters; the module computes in float32 unless it is cloned with another `dtype`.
 
     Returns:
@@ -78,14 +78,14 @@ def load_pretrained(
         leaves[leaf_path] = jax.block_until_ready(jax.device_put(leaf))  # jnp.asarray would copy twice
         del leaf  # before the next one is read
     leaves.setdefault("pos_embed", jnp.asarray(sincos_positions(model.grid, model.hidden_size), dtype))
-    for note in notes:  # not before all is well: a refusal is one line
+    for note in notes:  # only after all checks, because a refusal is one line
         print(f"{checkpoint.path}: {note}", file=sys.stderr)
     return model, unflatten_dict(leaves, sep="/")
 
 
 class Described(NamedTuple):
     """A checkpoint whose every name and shape has been checked: the weights to read, their layout, and the module that
-    they fit; `notes` say in a line each what was chosen or left out.
+    they fit; each of the `notes` is a line on a choice or on parameters that were left out.
     """
 
     checkpoint: Checkpoint

@@ -1,4 +1,4 @@
-"""Parameters' names without what wrapping modules put before them.
+"""Removes the prefixes that wrapping modules put before parameters' names.
 
 DDP puts `module.` before every name, torch.compile `_orig_mod.`, Lightning the attribute's name (`model.`, `net.`), an EMA
 module `ema.` or `ema_model.`, and they nest. One prefix that all names have is taken off where the rest is a known layout.
@@ -21,9 +21,9 @@ _SIBLINGS = ("first_stage_model.", "cond_stage_model.", "vae.", "loss.")
 
 
 def strip_prefix(checkpoint: Checkpoint, starts: Sequence[str]) -> Checkpoint:
-    """The checkpoint with the names that a layout has; `starts` are what its first block's names begin with.
+    """The checkpoint with the names that a layout has; `starts` are the beginnings of its first block's names.
 
-    A checkpoint of no known layout is returned as it is. What was taken off is added to `wrapper`.
+    A checkpoint of no known layout is returned unchanged. Removed prefixes are added to `wrapper`.
 
     Raises:
       InputError: several models under several prefixes and none of them an EMA, or parameters outside the prefix.
@@ -92,7 +92,7 @@ def _is_average(prefix: str) -> bool:
 
 def _flat_averages(names: dict[str, str], prefix: str) -> dict[str, str]:
     """Parameters of `prefix` to their averages as latent-diffusion's LitEma names them: `model_ema.` and the name
-    inside `model.` without its dots. Buffers and what is not trained have no average there.
+    inside `model.` without its dots. Buffers and untrained parameters have no average there.
     """
     root, dot, _ = prefix.partition(".")
     if not dot or _is_average(prefix):

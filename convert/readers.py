@@ -21,7 +21,7 @@ def open_checkpoint(path: str | os.PathLike, starts: Sequence[str] = (), classes
 
     Args:
       path: a file of weights, an `.index.json` of shards, a model's folder, or a pipeline's.
-      starts: what the names of a known layout's first block begin with; a prefix before them is taken off.
+      starts: the beginnings of the names of a known layout's first block; a prefix before them is removed.
       classes: names of diffusers' classes whose `config.json` beside a single file counts; every class where empty. A folder's
         config always counts.
     """

@@ -48,13 +48,13 @@ class Training(NamedTuple):
 
 
 def training(checkpoint: Checkpoint, variant: str | None, predicts: str | None) -> Training:
-    """What the file's own arguments or metadata say, else what the caller says, else DiT's noise prediction.
+    """The training by the file's own arguments or metadata, else by the caller, else DiT's noise prediction.
 
     A SiT is known by `prediction`, `path_type` or `model` among its arguments, a REPA also by its projectors.
 
     Raises:
-      InputError: another prediction or path than velocity on the linear path, a caller who contradicts the file or
-        himself, or nothing but a file name that says SiT.
+      InputError: another prediction or path than velocity on the linear path, a caller's arguments that contradict the file or
+        each other, or a SiT by its file name alone.
     """
     asked = _asked(variant, predicts)
     told = _told(checkpoint)

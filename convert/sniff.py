@@ -1,4 +1,4 @@
-"""What a file is, by its first bytes and not by its name."""
+"""The kind of a file, by its first bytes and not by its name."""
 
 import pathlib
 import re
@@ -11,7 +11,7 @@ TORCH, SAFETENSORS, JSON, UNKNOWN = "torch", "safetensors", "json", "unknown"
 _UNPACK = "unpack it and give the file inside"
 _DOWNLOAD_AGAIN = "download the file itself again; a gated or private file needs a login"
 _POINTER = "fetch the content with `git lfs pull`, or download the file from the hub"
-# First bytes -> what the file is, and what to do.
+# First bytes -> kind of the file, and remedy.
 _OTHERS: tuple[tuple[bytes, str, str], ...] = (
     (
         b"version https://git-lfs.github.com/",
@@ -37,10 +37,10 @@ _TAR_MAGIC = slice(257, 262)
 
 
 def sniff(path: pathlib.Path) -> str:
-    """TORCH, SAFETENSORS, JSON, or UNKNOWN, which its reader will have to judge.
+    """TORCH, SAFETENSORS, JSON, or UNKNOWN, for its reader to accept or refuse.
 
     Raises:
-      InputError: the file is something else that can be told; the message says what it is and what to do.
+      InputError: the file is of another known kind; the message names it and the remedy.
     """
     try:
         with open(path, "rb") as file:
@@ -70,7 +70,7 @@ def sniff(path: pathlib.Path) -> str:
 
 
 def _check_zip(path: pathlib.Path) -> None:
-    """PyTorch's files are zip archives, and so are others. A broken archive is left to torch's own check."""
+    """PyTorch's files are zip archives, and so are others. torch's own check refuses broken archives."""
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()

@@ -14,7 +14,7 @@ from convert.checkpoint import Checkpoint
 from convert.wrappers import unwrap
 from vq4dit_jax.errors import InputError, MissingExtraError
 
-# Types that numpy has not, by torch's names, and the integers that carry their bits.
+# Types that numpy lacks, by torch's names, and integers of the same size.
 _BITS = {
     "bfloat16": ("int16", ml_dtypes.bfloat16),
     "float8_e4m3fn": ("uint8", ml_dtypes.float8_e4m3fn),
@@ -70,12 +70,12 @@ def _load(torch: Any, path: pathlib.Path) -> Any:
     try:
         # facebookresearch's training checkpoints hold the command line as a Namespace, which runs no code.
         with torch.serialization.safe_globals([argparse.Namespace]), open(path, "rb") as file:
-            if path.suffix == ".safetensors":  # torch goes by that name, whatever the file is
+            if path.suffix == ".safetensors":  # torch decides by that name, whatever the content
                 return torch.load(file, map_location="cpu", weights_only=True)
             return torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
     except (MemoryError, KeyboardInterrupt):
         raise
-    except Exception as error:  # what an unpickler raises on a broken file is not limited to any few types
+    except Exception as error:  # an unpickler can raise any exception on a broken file
         raise InputError(_why_unreadable(path, error)) from None
 
 
@@ -90,7 +90,7 @@ def _why_unreadable(path: pathlib.Path, error: Exception) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """torch's reason without its advice, which is to switch the protection off."""
+    """torch's reason without its advice to switch the protection off."""
     text = str(error).strip()
     if found := re.search(r"WeightsUnpickler error: ([^\n]*)", text):
         text = re.split(r"[.,;] (?:Please|Re-running|To allow)|`?torch\.", found[1])[0]
@@ -111,6 +111,6 @@ def _imports_of_pickle(path: pathlib.Path) -> list[str]:
                     names.append(".".join(strings[-2:]))
                 elif isinstance(argument, str):
                     strings.append(argument)
-    except Exception:  # not a pickle, or a broken one: what stands before the break still counts
+    except Exception:  # not a pickle, or a broken one: opcodes before the break still count
         pass
     return names

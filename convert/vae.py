@@ -30,7 +30,7 @@ _LAYER = "decoder.up_blocks.0.resnets."
 _OLD_ATTENTION = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 _CONV_1X1 = Kind(4, lambda w: w[:, :, 0, 0].T, lambda s: (s[1], s[0], 1, 1))  # (O, I, 1, 1) -> (I, O)
 _WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
-# What a config may say, besides sizes, for our module to compute the same.
+# Values of a config, besides sizes, with which our module computes the same.
 _WANTED = {
     "_class_name": "AutoencoderKL",
     "act_fn": "silu",
@@ -50,12 +50,12 @@ def load_vae(path: str | os.PathLike, dtype: Any = "float32") -> tuple[Autoencod
       path: a diffusers folder (or a pipeline's, which has it as `vae/`), one file of its weights (`.safetensors`, which
         needs no torch, or `.bin`, `.pt`, `.ckpt`), or "official:sd-vae-ft-ema" or "official:sd-vae-ft-mse", which are
         looked for in the cache folder and else downloaded. A file may hold the decoder alone, with
-        `post_quant_conv`; `decode` is all that its parameters serve.
+        `post_quant_conv`; its parameters then serve `decode` alone.
       dtype: of the computation, "float32" or "bfloat16".
 
     Returns:
-      The module and its parameters, float32 jax arrays on the default device. Sizes come from the shapes. What they do
-      not tell comes from the `config.json` beside them: the number of norm groups (without one, 32) and the scaling
+      The module and its parameters, float32 jax arrays on the default device. Sizes come from the shapes. Two values come
+      from the `config.json` beside them: the number of norm groups (without one, 32) and the scaling
       factor (0.18215).
 
     Raises:
@@ -97,7 +97,7 @@ def _locate(path: pathlib.Path) -> pathlib.Path:
 
 
 def _describe(checkpoint: Checkpoint) -> AutoencoderKL:
-    """The module that the shapes and the config tell of."""
+    """The module that the shapes and the config describe."""
     numbered = Layout(_NAME, _LEVEL, ())
     if not numbered.fits(checkpoint):
         found = ", ".join(sorted(checkpoint.shapes)[:3]) or "no parameters"
@@ -165,7 +165,7 @@ def _check_config(checkpoint: Checkpoint, vae: AutoencoderKL) -> None:
 
 
 def _layout(checkpoint: Checkpoint, vae: AutoencoderKL) -> Layout:
-    """The layout that the module's tree makes, once every name and shape has been checked."""
+    """The layout of the module's tree, after every name and shape has been checked."""
     with_encoder = any(name.startswith(("encoder.", "quant_conv.")) for name in checkpoint.shapes)
     leaves = _leaf_shapes(vae, with_encoder)
     levels = len(vae.block_out_channels)

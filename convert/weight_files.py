@@ -1,4 +1,4 @@
-"""Opens one file of weights as what it is, whatever its name, and the shards that an index lists."""
+"""Opens a file of weights by its content, not by its name, and the shards that an index lists."""
 
 import pathlib
 

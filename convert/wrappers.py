@@ -1,4 +1,4 @@
-"""Finds the weights in the dictionaries that training scripts save: the best weights first, which are the EMA's.
+"""Finds the weights in the dictionaries that training scripts save; EMA weights come first.
 
 An exponential moving average (EMA) of the weights samples better than the weights of the last step, and has many names.
 """
@@ -15,7 +15,7 @@ _AVERAGES = {"ema", "emamodel", "modelema", "emanet", "netema", "shadow"}
 _NO_AVERAGES = {"non", "no", "online"}  # `non_ema`; `online_model` is the raw model inside ema_pytorch's state
 # Names of the model in a training checkpoint, the most telling first.
 _MODELS = ("model", "state_dict", "model_state_dict", "module", "params", "net", "network", "weights", "transformer")
-# First letters of what is saved beside it.
+# First letters of other keys in training checkpoints.
 _OTHERS = (
     "opt",
     "sched",
@@ -103,7 +103,7 @@ def _key(path: pathlib.Path, loaded: Mapping, is_tensor: Callable[[Any], bool]) 
             f"{path}: holds several models ({', '.join(map(repr, models[:5]))}) and nothing says which is wanted; save "
             "one of them alone: torch.save(model.state_dict(), FILE)"
         )
-    # Without any tensor inside, a known key is still followed, so that the error names what lies there.
+    # Without any tensor inside, a known key is still followed, so that the error names its content.
     return next(iter(models), next((k for k in _MODELS if isinstance(inner.get(k), Mapping)), None))
 
 

@@ -20,7 +20,7 @@ from vq4dit_jax.progress import progress
 
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 _TRAIN = "train"
-"""Where folders of classes lie in folders of this name and others, these alone are read."""
+"""Where there are folders of this name beside others, these alone are read."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What a training run leaves behind: the weights as a checkpoint of facebookresearch/DiT, samples, figures, the model card."""
+"""Results of a training run: the weights as a checkpoint of facebookresearch/DiT, samples, figures, the model card."""
 
 import dataclasses
 import os
@@ -57,7 +57,7 @@ def write_pretrained(file: str | os.PathLike, model: DiT, params: Any, metadata:
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """Where weights come from. `started_from` are the weights that the training began with, None for random ones."""
+    """The origin of weights. `started_from` are the weights that the training began with, None for random ones."""
 
     step: int
     recipe: Recipe
@@ -67,13 +67,13 @@ class Origin:
 
 
 def write_all(workdir: pathlib.Path, model: DiT, params: Any, origin: Origin, eval_images: int) -> None:
-    """Writes model.safetensors, samples.png, metrics.json and model_card.md; what is there of an earlier step is replaced."""
+    """Writes model.safetensors, samples.png, metrics.json and model_card.md; files of an earlier step are replaced."""
     from convert.load import load_pretrained
 
     file = workdir / "model.safetensors"
     made = f"`{origin.command}`, averaged weights of step {origin.step}"
     write_pretrained(file, model, params, {"origin": made, "licence": "Apache-2.0"})
-    # All that follows is of the file, as others will read it.
+    # All that follows uses the file, as others will read it.
     model, params = load_pretrained(file)
     samples = sample(workdir / "samples", model, params, max(eval_images, _ROWS * model.num_classes))
     reporting.write_grid(
@@ -86,7 +86,7 @@ def write_all(workdir: pathlib.Path, model: DiT, params: Any, origin: Origin, ev
 
 
 def sample(folder: pathlib.Path, model: DiT, params: Any, count: int) -> pathlib.Path:
-    """`count` images in `folder`/samples.npz; goes on where an earlier run was killed, unless that was of other weights."""
+    """`count` images in `folder`/samples.npz; continues an earlier run that was killed, unless it was of other weights."""
     recipe = {"num_images": count, **PROTOCOL, "model_sha256": provenance.digest(params)}
     target = folder / "samples.npz"
     claim = Claim(folder / "recipe.json", recipe)
@@ -120,7 +120,7 @@ number of attention heads, which shapes do not tell, stands in the file's metada
 
 | | |
 |---|---|
-| what it is | a Diffusion Transformer (Peebles & Xie 2023, arXiv 2212.09748) in pixel space: it predicts noise and variance |
+| network | a Diffusion Transformer (Peebles & Xie 2023, arXiv 2212.09748) in pixel space: it predicts noise and variance |
 | size | width {m.hidden_size}, {m.depth} blocks, {m.num_heads} heads, patches of side {m.patch_size}, {parameters:,} numbers |
 | input | images in [-1, 1], time steps 0 to 999, labels 0 to {last}, and {m.num_classes} for the null label of guidance |
 | classes | {classes}, in this order |

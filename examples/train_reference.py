@@ -1,6 +1,6 @@
 """Trains a class-conditional DiT on CIFAR-10: `python -m examples.train_reference --data=DATA --workdir=DIR`.
 
-A model to measure quantization on. The recipe is DiT's (Peebles & Xie 2023, arXiv 2212.09748), at a size for 32 x 32 pixels.
+It makes a model to measure quantization on. The recipe is DiT's (Peebles & Xie 2023, arXiv 2212.09748), for 32 x 32 pixels.
 """
 
 import argparse
@@ -161,7 +161,7 @@ def _first_weights(flags: argparse.Namespace, model: DiT) -> Any:
 
 
 def claim(file: pathlib.Path, flags: argparse.Namespace, recipe: training.Recipe, data: Dataset) -> None:
-    """Writes what the run is to `file`, or refuses where another is there."""
+    """Writes the run's recipe and data to `file`; refuses where the file is of another run."""
     facts = {"variant": flags.variant, "init": flags.init, **dataclasses.asdict(recipe), "data_sha256": data.sha256}
     Claim(file, facts).take()
 

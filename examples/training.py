@@ -30,7 +30,7 @@ from vq4dit_jax.storage import checkpoint
 _LOG_EVERY = 10
 _METRICS = ("loss", "mse", "vb", "grad_norm")
 _ORDER, _STEPS = 0, 1
-"""Streams of randomness: the order of the images, and what a step draws."""
+"""Streams of randomness: the order of the images, and the draws of a step."""
 _FIXED = "pos_embed"
 """The position table is a parameter in checkpoints and is not trained."""
 
@@ -41,7 +41,7 @@ class Recipe:
 
     Attributes:
       learning_rate: the highest; it rises linearly for `warmup` steps and falls along a cosine to 0 at `steps`.
-      ema: decay of the mean of the weights, which is the model that is kept.
+      ema: decay of the mean of the weights; this mean is the final model.
       clip: largest norm of a gradient.
       label_dropout: share of the labels that become the null label, so that guidance has both.
       dtype: of the network's computation; parameters are float32.
@@ -77,7 +77,7 @@ def learning_rate(recipe: Recipe, step: Int[Array, ""]) -> Float[Array, ""]:
 
 
 def _optimizer(recipe: Recipe) -> optax.GradientTransformation:
-    """AdamW without decay of the weights, as DiT was trained: in a few epochs there is nothing to keep small."""
+    """AdamW without decay of the weights, as DiT was trained."""
     rate = lambda count: learning_rate(recipe, count)
     return optax.chain(optax.clip_by_global_norm(recipe.clip), optax.adamw(rate, weight_decay=0.0))
 
@@ -89,7 +89,7 @@ def init_params(model: DiT, key: jax.Array) -> Any:
 
 
 def init(recipe: Recipe, params: Any) -> State:
-    """State at step 0. Nothing in it is shared with `params` or within itself, so that a step may be given it for good."""
+    """State at step 0. Nothing in it is shared with `params` or within itself, so that a step may take it over."""
     copy = lambda tree: jax.tree.map(lambda a: jnp.array(a, jnp.float32), tree)
     trained = {name: leaf for name, leaf in params.items() if name != _FIXED}
     return State(
@@ -150,7 +150,7 @@ def make_update(model: DiT, recipe: Recipe) -> Callable[..., tuple[State, dict[s
 
 
 def batch_indices(seed: int, step: int, batch: int, count: int) -> Int[np.ndarray, " B"]:
-    """Which images step number `step` sees: every epoch has an order of its own, its incomplete last batch is left out."""
+    """Indices of the images of step number `step`: every epoch has its own order and leaves out its incomplete last batch."""
     epoch, position = divmod(step, count // batch)
     return _order(seed, epoch, count)[position * batch : (position + 1) * batch]
 

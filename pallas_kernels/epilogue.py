@@ -1,4 +1,4 @@
-"""What is done to a product before it is written: scales, bias, GELU, gate and residual, or the next layer's 8 bits."""
+"""The operations on a product before it is written: scales, bias, GELU, gate and residual, or quantization for the next layer."""
 
 import dataclasses
 from typing import Any
@@ -15,7 +15,7 @@ from pallas_kernels.weights import unpair_rows
 class Epilogue:
     """y = cast(gate * gelu(acc * row_scale * token_scale + bias)) + residual, or quantize(gelu(...) / out_scale).
 
-    What is None is left out. Letters: L layers of a stack, M tokens, O output features, B images.
+    Operands that are None are left out. Letters: L layers of a stack, M tokens, O output features, B images.
     Invariants:
       * `bias` (L, O) float; `row_scale` (L, O) float32; `token_scale` (M,) float32; `residual` (M, O).
       * `modulation` (>= B, C): the gate of image b and layer l is `modulation[b, l * gate_stride + gate_offset :][:O]`, and
@@ -44,13 +44,13 @@ class Epilogue:
 
 
 def unpaired(epilogue: Epilogue) -> Epilogue:
-    """The same for sums in W's own order, of one whose vectors are in that of `paired_rows`."""
+    """The epilogue for sums in W's own row order, made from one whose vectors are in the order of `paired_rows`."""
     natural = lambda v: None if v is None else unpair_rows(v)
     return dataclasses.replace(epilogue, bias=natural(epilogue.bias), row_scale=natural(epilogue.row_scale))
 
 
 def saturate(x: Num[Array, "..."], dtype: jax.typing.DTypeLike) -> Shaped[Array, "..."]:
-    """float32 to int8 (rounded to even) or float8_e4m3fn, values beyond the ends put onto them."""
+    """float32 to int8 (rounded to even) or float8_e4m3fn; values beyond the type's range become its ends."""
     if jnp.issubdtype(dtype, jnp.integer):
         info = jnp.iinfo(dtype)
         return jnp.clip(jnp.round(x), info.min, info.max).astype(dtype)

@@ -1,4 +1,4 @@
-"""Fragment order: assignments as the registers of Hopper's matrix unit want them, so that a kernel decodes with no shuffle.
+"""Fragment order: assignments in the order of the registers of Hopper's matrix unit, so that a kernel decodes without shuffles.
 
 `wgmma` takes a tile of 64 rows of W in registers. Lane (q, c) of warp w, with q = 0..7 and c = 0..3, holds in register
 (rr, j) of rr = 0..1, j = 0..7 the row 16w + 8rr + q and four consecutive bytes of it (PTX ISA, "Register fragments
@@ -24,7 +24,7 @@ from jaxtyping import Array, Int, Int32
 ROWS = 64
 """Rows of W in a tile, the M of `wgmma`."""
 LINE = 32
-"""int32 words in a line of packed assignments: what the copy engine moves is (lines, LINE)."""
+"""int32 words in a line of packed assignments; the copy engine moves blocks of (lines, LINE)."""
 _STEP_BYTES = 128
 _LANES = 128
 _REGISTERS = 16
@@ -36,7 +36,7 @@ class FragmentOrder:
 
     Invariants:
       * `itemsize` is 2 (bfloat16 operands) or 1 (int8, float8_e4m3fn); `length` is d, one of 2, 4, 8.
-      * `bits` is 8 or 6: what a code takes in memory. Codes below 64 take 6.
+      * `bits`, the bits of a code in memory, is 8, or 6 where all codes are below 64.
       * a word of 8-bit codes holds four, little-endian, and a group of lanes has its words side by side. Of 6-bit
         codes three words hold 16: word i the codes 5i to 5i+4, and bits 2i, 2i+1 of the last code on top.
       * with `paired_rows` register row 8rr + q of a warp holds row 2q + rr of W, so that 8-bit results of both
@@ -88,7 +88,7 @@ class FragmentOrder:
         return max(1, self.length * self.itemsize // 4)
 
     def word_of(self, group: int, word: int) -> int:
-        """Where in a tile's words the `word`-th of a group of lanes stands."""
+        """Index, in the words of a tile, of word number `word` of a group of lanes."""
         return group * self.words + word if self.bits == 8 else word * self.groups + group
 
 
@@ -155,7 +155,7 @@ def unpack(words: Int32[Array, "*stack lines 32"], order: FragmentOrder) -> Int3
 def codebook_words(codebook: jax.Array, order: FragmentOrder, replicas: int) -> Int32[Array, "*stack lines words"]:
     """A codebook (*stack, K, d) of operands as int32 words [codeword][replica][word], K filled up to 2^bits.
 
-    Lanes read different replicas, so that they meet less often in one bank of shared memory.
+    Lanes read different replicas, which makes bank conflicts in shared memory rarer.
     """
     *stack, num_codewords, length = codebook.shape
     fill = [(0, 0)] * len(stack) + [(0, 2**order.bits - num_codewords), (0, 0)]
@@ -180,6 +180,6 @@ def codebook_of(
 
 
 def decode(words: Int32[Array, "lines 32"], codebook: jax.Array, order: FragmentOrder) -> jax.Array:
-    """One tile (64, I) of W, rows as they stand in the registers: what the kernels' decoder has to make."""
+    """One tile (64, I) of W with rows in register order; the kernels' decoder must give the same."""
     natural = functools.partial(unpack, order=dataclasses.replace(order, paired_rows=False))
     return jnp.take(codebook, natural(words), axis=0, mode="clip").reshape(ROWS, -1)

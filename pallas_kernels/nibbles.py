@@ -1,7 +1,7 @@
 """4-bit integers in fragment order (see `fragments.py`): two registers of 8-bit operands in one word.
 
 Byte b of word i holds byte b of register 2i in its low half and of register 2i + 1 in its high half. A shift and a mask,
-or a mask alone, give a register whose bytes are 16 times the integers; the 16 goes into the scales.
+or a mask alone, give a register whose bytes are 16 times the integers; the scales contain the factor 1/16.
 """
 
 import jax
@@ -16,7 +16,7 @@ COLUMNS = 128
 LINES = 32
 """Lines of a tile of 64 rows and a step."""
 FACTOR = 16
-"""What a decoded operand has too much."""
+"""Decoded operands are too large by this factor; scales divide it out."""
 
 
 def pack(

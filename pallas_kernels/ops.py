@@ -1,4 +1,4 @@
-"""What a prepared network is made of, each run by the implementation that the selector names."""
+"""The operations of a prepared network, each run by the implementation that the selector chooses."""
 
 from typing import Any
 
@@ -51,7 +51,7 @@ def linear(
 
 
 def dense_linear(x: Any, weights: Any, e: Epilogue, layer: Int32[Array, " 1"]) -> Shaped[Array, "M O"]:
-    """The same through XLA: this layer's weights are decoded, and 8-bit operands multiplied as such."""
+    """The same through XLA: this layer's weights are decoded; 8-bit operands are multiplied in 8 bits."""
     i = layer[0]
     if weights.paired_rows:
         e = epilogue_lib.unpaired(e)

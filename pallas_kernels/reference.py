@@ -1,4 +1,4 @@
-"""The definition of every kernel in plain jnp: what CPU, TPU and older GPUs run, and what tests compare with.
+"""The definition of every kernel in plain jnp. CPU, TPU and older GPUs run it, and tests compare the kernels with it.
 
 Letters: K codewords, d sub-vector length, O output and I input features, S = I/d sub-vectors in a row,
 G groups of O/G consecutive rows that share one codebook.

@@ -21,7 +21,7 @@ def codebook_grad(
     ratios: Float[Array, "n O S"],
     codebook: Float[Array, "G K d"],
 ) -> tuple[Float[Array, "G K d"], Float[Array, "n O S"]]:
-    """dC by a segment sum and dr, both float32. Right where additions to one address do not wait for each other: on a CPU."""
+    """dC by a segment sum and dr, both float32. For CPUs, where additions to one address do not wait for each other."""
     groups, codewords, length = codebook.shape
     vectors = gradient.astype(jnp.float32).reshape(-1, length)
     codes = _flat_codes(candidates, groups, codewords)
@@ -36,8 +36,8 @@ def codebook_grad_by_products(
     ratios: Float[Array, "n O S"],
     codebook: Float[Array, "G K d"],
 ) -> tuple[Float[Array, "G K d"], Float[Array, "n O S"]]:
-    """The same, dC as sum_tiles (r one_hot(a))^T G: K times the arithmetic and no scatter, whose atomic additions of
-    hundreds of millions of sub-vectors to a few hundred addresses would stand in line on a GPU."""
+    """The same, dC as sum_tiles (r one_hot(a))^T G: K times the arithmetic and no scatter. On a GPU the
+    atomic additions of hundreds of millions of sub-vectors to a few hundred addresses would wait for each other."""
     groups, codewords, length = codebook.shape
     n = len(candidates)
     vectors = gradient.astype(jnp.float32).reshape(-1, length)
@@ -46,7 +46,7 @@ def codebook_grad_by_products(
     missing = -count % tile
 
     def tiles(a: jax.Array) -> jax.Array:
-        """(..., P, features) to (tiles of all groups, ..., tile, features); what is missing in the last is zero."""
+        """(..., P, features) to (tiles of all groups, ..., tile, features); the last tile is filled up with zeros."""
         a = a.reshape(*a.shape[:-2], groups, count, a.shape[-1])
         a = jnp.pad(a, [(0, 0)] * (a.ndim - 2) + [(0, missing), (0, 0)])
         a = a.reshape(*a.shape[:-3], -1, tile, a.shape[-1])

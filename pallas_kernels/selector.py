@@ -1,6 +1,6 @@
 """Which implementation runs a product, a norm or attention here, and why: a table from facts, decided while tracing.
 
-Nothing is tried and nothing is measured at run time: the same facts give the same choice, and `explain` prints it.
+The choice depends on the facts alone, not on trials at run time; `explain` prints it.
 """
 
 import contextlib
@@ -44,7 +44,7 @@ class Choice:
 
 
 H200 = Facts("gpu", "NVIDIA H200", (9, 0), 132, False)
-"""What `benchmarks.aot` compiles for. Without cuDNN, which is not among the wheels it needs."""
+"""The device that `benchmarks.aot` compiles for, without cuDNN, which is not among its wheels."""
 
 _ASSUMED: contextvars.ContextVar[Facts | None] = contextvars.ContextVar("assumed", default=None)
 
@@ -87,7 +87,7 @@ def _has_cudnn() -> bool:
 
 
 def _not_hopper(facts: Facts) -> str | None:
-    """Why no kernel of ours can run there, or None."""
+    """The reason why no Hopper kernel can run there, or None."""
     if facts.platform != "gpu":
         return f"{facts.platform}: the kernels are for NVIDIA Hopper"
     if facts.capability is None:
@@ -150,7 +150,7 @@ def attention(facts: Facts, head_size: int, dtype: Any) -> Choice:
 
 
 def fused_attention(facts: Facts, head_size: int, num_heads: int, tokens: int) -> Choice:
-    """For attention that reads the product of qkv as it lies."""
+    """For attention that reads the qkv product in its own layout."""
     if reason := _not_hopper(facts):
         return attention(facts, head_size, jnp.bfloat16) if facts.platform == "gpu" else Choice("xla", reason)
     if tokens % 64 or head_size % 8 or head_size > 128 or head_size % 16 and num_heads % 2:

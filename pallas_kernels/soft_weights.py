@@ -1,4 +1,4 @@
-"""Soft VQ weights with a backward pass of their own: what calibration differentiates.
+"""Soft VQ weights with their own backward pass, for calibration.
 
     W_hat = sum_n r_n C[a_n]        (VQ4DiT, eq 7)
 

@@ -1,4 +1,4 @@
-"""How a product is cut into blocks, and a static model of time that picks the cut."""
+"""Tiles of a product, and a static model of time that chooses among them."""
 
 import dataclasses
 import functools
@@ -17,7 +17,7 @@ _BLOCK_CLOCKS = 2000
 class Tile:
     """A block's part of Y: `tokens` rows of X and 64 * row_tiles * warpgroups rows of W.
 
-    `stages` steps of X and W are on their way at once; the sum over columns is cut into `splits` parts, each a block's.
+    The copies of `stages` steps of X and W are in flight at once; the sum over columns has `splits` parts.
     """
 
     tokens: int = 128
@@ -32,7 +32,7 @@ class Tile:
 
 
 def shared_bytes(tile: Tile, stream_bytes: float, table_bytes: int, result_bytes: int) -> int:
-    """Shared memory of a block; `stream_bytes` is what a 64-row tile of packed W takes a step."""
+    """Shared memory of a block; `stream_bytes` are those of a 64-row tile of packed W in a step."""
     stage = 128 * tile.tokens + stream_bytes * tile.row_tiles * tile.warpgroups
     return int(stage * tile.stages + table_bytes + tile.rows * tile.tokens * result_bytes) + 1024
 
@@ -53,7 +53,7 @@ def choose(
     decodes: bool = True,
     multiprocessors: int = 132,
 ) -> Tile | None:
-    """The cut of the shortest modelled time, or None where no cut fits.
+    """The tile with the shortest modelled time, or None where none fits.
 
     Args:
       tokens, rows, columns: M, O, I.
@@ -85,7 +85,7 @@ def choose(
                 fits = lambda n, tile=tile, size=size: (
                     shared_bytes(dataclasses.replace(tile, stages=n), stream_bytes, table_bytes, size) <= _SHARED_MEMORY
                 )
-                # Powers of two, so that a stage's place is a mask; many where they are small, and memory is what is waited for.
+                # Powers of two, so that a stage's index is a mask; many where stages are small and memory is the bound.
                 small = shared_bytes(dataclasses.replace(tile, stages=1), stream_bytes, 0, 0) <= 12 * 1024
                 stages = max(
                     (n for n in (3, 4, 8 if small else 4) if fits(n) and n <= max(3, steps // splits)), default=0

@@ -1,6 +1,6 @@
-"""A Linear as the kernels read it: stacks of L equal layers, packed, with what its epilogue needs. Made once, at load.
+"""A Linear in the form of the kernels: stacks of L equal layers, packed, with the vectors of the epilogue; made once, at load.
 
-Each kind of weights knows its dense form, which is what XLA multiplies by where no kernel runs. In memory there is one
+Each kind of weights has a dense form, by which XLA multiplies where no kernel runs. In memory there is one
 copy: an orbax or safetensors file holds the packed rows of `VQArray`, a prepared model the same codes in fragment order.
 """
 

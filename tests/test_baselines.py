@@ -5,15 +5,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from models import tiny
-from vq4dit_jax.methods.recipe import Recipe
 
-from vq4dit_jax import methods, vq
+from vq4dit_jax import methods
+from vq4dit_jax.codebook.kmeans import kmeans as run_kmeans
 from vq4dit_jax.codebook.kmeans import nearest_codewords
 from vq4dit_jax.errors import InputError
 from vq4dit_jax.integer import grids as uniform
 from vq4dit_jax.integer.gptq import inverse_factor, quantize_weight, round_columns
 from vq4dit_jax.methods import dkm
 from vq4dit_jax.methods.kmeans import quantize
+from vq4dit_jax.methods.vq4dit import CODEBOOKS_ONLY, passes
+from vq4dit_jax.networks.conditioning import ClassLabels
+from vq4dit_jax.networks.network import Network
 from vq4dit_jax.networks.rules import dit_rules
 from vq4dit_jax.qarray.linear import linear
 from vq4dit_jax.qarray.rules import KEEP, abstract_quantized
@@ -124,7 +127,7 @@ def _textbook(weight, moments, grid, bits, dampening=0.01):
 @pytest.mark.parametrize("block", [16, 128])  # 16 leaves a last block that is filled up
 def test_gptq_is_the_textbooks_in_float64(bits, group, kind, block):
     weight, moments = _weight(), _moments()
-    grid = uniform.spread(uniform.fit_grid(weight, bits, group, kind, (1.0,)), 40, group)
+    grid = uniform.expand(uniform.fit_grid(weight, bits, group, kind, (1.0,)), 40, group)
     factor = jnp.asarray(inverse_factor(moments), jnp.float32)
     found, error = round_columns(weight, factor, grid, bits, block)
     wanted = _textbook(weight, moments, grid, bits)
@@ -276,9 +279,9 @@ def test_moments_that_do_not_fit_are_refused():
 # Codebooks --------------------------------------------------------------------------------------------------------
 
 
-def _apply(params, x, t, y):
+def _apply(params, x, t, cond):
     """Two residual blocks on all pixels of an image at once, and the class in a bias."""
-    rows = x.reshape(len(x), 48) + y[:, None].astype(jnp.float32) / 5
+    rows = x.reshape(len(x), 48) + cond[:, None].astype(jnp.float32) / 5
     blocks = []
     for i in range(2):
         one = jax.tree.map(lambda a: a[i], params["blocks"])
@@ -288,7 +291,7 @@ def _apply(params, x, t, y):
     return rows.reshape(x.shape), blocks
 
 
-NETWORK = methods.Network(_apply, (4, 4, 3), 5)
+NETWORK = Network(_apply, (4, 4, 3), ClassLabels(5))
 
 
 @pytest.fixture(scope="module")
@@ -302,8 +305,8 @@ def _packed(tree) -> list[VQArray]:
 
 
 def test_codebook_only_keeps_the_assignments_of_kmeans(kmeans):
-    recipe = Recipe(steps=3, batch=2, trajectory_steps=3, **methods.codebook_only.RECIPE)
-    tuned = methods.calibrate(NETWORK, _layers(), kmeans, key=jax.random.key(1), recipe=recipe)
+    own = passes(CODEBOOKS_ONLY, steps=3, batch=2, trajectory_steps=3)
+    tuned = methods.calibrate(NETWORK, _layers(), kmeans, key=jax.random.key(1), passes=own)
     for old, new in zip(_packed(kmeans), _packed(tuned), strict=True):
         np.testing.assert_array_equal(np.asarray(new.assignments), np.asarray(old.assignments))
         assert (np.asarray(new.codebook) != np.asarray(old.codebook)).mean() > 0.9
@@ -313,16 +316,18 @@ def test_attention_over_candidates_is_that_over_all_codewords():
     """What lies outside of 16 candidates weighs less than 1e-3 at the largest temperature."""
     rng = np.random.default_rng(0)
     weight = rng.standard_normal((64, 256)).astype(np.float32)
-    result = vq.kmeans(weight.reshape(1, -1, 4), 256, jax.random.key(0), max_iterations=10)
+    result = run_kmeans(weight.reshape(1, -1, 4), 256, jax.random.key(0), max_iterations=10)
     tau = dkm.START * float(result.error[0])
     squared = np.square(weight.reshape(-1, 1, 4) - result.codebook).sum(-1)
     whole = np.exp(-(squared - squared.min(1, keepdims=True)) / tau)
     whole /= whole.sum(1, keepdims=True)
-    outside = 1 - np.sort(whole, 1)[:, -dkm.RECIPE["num_candidates"] :].sum(1)
+    outside = 1 - np.sort(whole, 1)[:, -dkm.DKM.num_candidates :].sum(1)
     assert outside.mean() < 1e-3
-    ids, _ = nearest_codewords(weight.reshape(-1, 4), result.codebook[0], dkm.RECIPE["num_candidates"])
+    ids, _ = nearest_codewords(weight.reshape(-1, 4), result.codebook[0], dkm.DKM.num_candidates)
     candidates = jnp.asarray(ids.T.reshape(-1, 64, 64))
-    leaf = dkm.AttentionArray(jnp.asarray(result.codebook), candidates, jnp.asarray(weight), jnp.float32(tau))
+    leaf = dkm.AttentionArray(
+        jnp.asarray(result.codebook), candidates, jnp.asarray(weight), jnp.float32(tau), (64, 256)
+    )
     wanted = np.einsum("pk,kd->pd", whole, result.codebook[0]).reshape(64, 256)
     assert np.square(np.asarray(leaf.decode()) - wanted).mean() < 1e-6
     assert np.abs(whole.max(1) - 1).mean() > 0.05  # it is soft
@@ -341,7 +346,7 @@ def test_attentions_gradient_goes_through_soft_weight_and_attention():
         return ((ratios / ratios.sum(0))[..., None] * near).sum(0).reshape(4, 6)
 
     make = lambda book: dkm.AttentionArray(
-        book, jnp.asarray(candidates, jnp.int32), jnp.asarray(weight, jnp.float32), jnp.float32(0.7)
+        book, jnp.asarray(candidates, jnp.int32), jnp.asarray(weight, jnp.float32), jnp.float32(0.7), (4, 6)
     )
     book = jnp.asarray(codebook, jnp.float32)
     found, pull = jax.vjp(jax.jit(lambda book: make(book).decode()), book)
@@ -354,8 +359,9 @@ def test_attentions_gradient_goes_through_soft_weight_and_attention():
 
 def test_dkm_lowers_the_loss_and_ends_at_nearest_codewords(kmeans):
     teacher = _layers()
-    recipe = Recipe(steps=24, batch=2, trajectory_steps=4, learning_rate_codebooks=2e-3, num_candidates=8)
-    hard, log = dkm.calibrate(NETWORK, teacher, kmeans, key=jax.random.key(1), recipe=recipe)
+    settings = dkm.DKM(steps=24, batch=2, trajectory_steps=4, learning_rate_codebooks=2e-3, num_candidates=8)
+    log = []
+    hard = methods.calibrate(NETWORK, teacher, kmeans, key=jax.random.key(1), passes=(settings,), on_step=log.append)
     assert (
         len(log) == 24
         and log[0]["tau_share"] == pytest.approx(dkm.START)
@@ -372,11 +378,13 @@ def test_dkm_lowers_the_loss_and_ends_at_nearest_codewords(kmeans):
 
 def test_dkm_leaves_candidates_and_kept_parameters_alone(kmeans):
     teacher = _layers()
-    recipe = Recipe(steps=2, batch=2, trajectory_steps=2, num_candidates=4)
-    student = dkm.make_attentive(recipe, teacher, kmeans)
-    state = dkm.init(recipe, student)
-    assert set(state.trainable["biases"]) == {path.replace("kernel", "bias") for path in state.trainable["codebooks"]}
-    hard = dkm.finalize(student, state)  # nothing was trained: k-means again
+    settings = dkm.DKM(steps=2, batch=2, trajectory_steps=2, num_candidates=4)
+    student = dkm.make_attentive(settings, teacher, kmeans)
+    state = settings.init(student)
+    tables = {path.removesuffix(":codebook") for path in state.trainable.tables}
+    assert set(state.trainable.biases) == {path.replace("kernel", "bias") for path in tables}
+    assert not state.trainable.logits and not state.trainable.kept
+    hard = settings.finalize(student, state)  # nothing was trained: k-means again
     for old, new in zip(_packed(kmeans), _packed(hard), strict=True):
         np.testing.assert_array_equal(np.asarray(new.codebook), np.asarray(old.codebook))
         assert (np.asarray(new.codes()) == np.asarray(old.codes())).mean() > 0.999  # equal distances

@@ -9,34 +9,38 @@ from models import tiny
 
 from vq4dit_jax.methods import contrast
 from vq4dit_jax.methods.kmeans import quantize
-from vq4dit_jax.networks.network import as_network
+from vq4dit_jax.methods.passes import begin
 from vq4dit_jax.qarray.tree import dequantize, matrices
 
-HOW = dict(key=jax.random.key(2), images=4, num_steps=4, cfg_scale=1.5)
+FIT = contrast.FitContrast(images=4, num_steps=4, cfg_scale=1.5)
 
 
 @pytest.fixture(scope="module")
 def given():
-    """A network, a student in float32 codebooks, and a teacher that is the same in dense weights."""
+    """A student in float32 codebooks, and the context of a teacher that is the same in dense weights."""
     model, params = tiny()
     student = quantize(params, 2, key=jax.random.key(0))
-    return as_network(model), dequantize(student, jnp.float32), student
+    return begin(model, dequantize(student, jnp.float32), jax.random.key(1)), student
+
+
+def fitted(run, params):
+    return FIT(run, params, jax.random.key(2))[0]
 
 
 def body(student):
-    return list(dict.fromkeys(path for path, _, _ in matrices(student) if "adaLN" not in path))
+    return tuple(dict.fromkeys(path for path, _, _ in matrices(student) if "adaLN" not in path))
 
 
 def test_where_nothing_is_lost_nothing_changes(given):
-    network, teacher, student = given
-    for a, b in zip(*map(jax.tree.leaves, (contrast.fit(network, teacher, student, **HOW), student)), strict=True):
+    run, student = given
+    for a, b in zip(*map(jax.tree.leaves, (fitted(run, student), student)), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
 @pytest.mark.parametrize("taken", [0.996, 1.003])
 def test_the_factor_that_was_taken_is_given_back_and_all_else_stays(given, taken):
-    network, teacher, student = given
-    found = contrast.fit(network, teacher, contrast.scaled(student, body(student), taken), **HOW)
+    run, student = given
+    found = fitted(run, contrast.scaled(student, body(student), taken))
     old, new = (flax.traverse_util.flatten_dict(tree, sep="/") for tree in (student, found))
     for path in old:
         if path in body(student):
@@ -47,8 +51,8 @@ def test_the_factor_that_was_taken_is_given_back_and_all_else_stays(given, taken
 
 
 def test_the_factor_is_bounded(given):
-    network, teacher, student = given
-    found = contrast.fit(network, teacher, contrast.scaled(student, body(student), 0.9), **HOW)
+    run, student = given
+    found = fitted(run, contrast.scaled(student, body(student), 0.9))
     path = body(student)[0]
     factor = np.asarray(flax.traverse_util.flatten_dict(found, sep="/")[path].codebook) / np.asarray(
         flax.traverse_util.flatten_dict(student, sep="/")[path].codebook

@@ -64,7 +64,9 @@ def test_a_folder_is_its_names_and_contents(tmp_path):
 
 @pytest.mark.parametrize("section", [None, "definition"])
 def test_a_claim_is_taken_once_and_refuses_others_by_what_differs(tmp_path, section):
-    claim = lambda **facts: Claim(tmp_path / "a" / "claim.json", facts, "remove it", {"devices": "2 x cpu"}, section)
+    claim = lambda **facts: Claim(
+        tmp_path / "a" / "claim.json", facts, "remove it", lambda: {"devices": "2 x cpu"}, section
+    )
     claim(bits=2, rules=(1, 2)).check()
     assert not (tmp_path / "a").exists()
     claim(bits=2, rules=(1, 2)).take()

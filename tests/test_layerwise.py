@@ -9,7 +9,10 @@ import pytest
 from vq4dit_jax.codebook import solver as layerwise
 from vq4dit_jax.errors import InputError
 from vq4dit_jax.methods import allocate
+from vq4dit_jax.methods.moments import InputMoments
+from vq4dit_jax.methods.solve_layers import _restored
 from vq4dit_jax.qarray.spec import VQSpec
+from vq4dit_jax.qarray.vq import from_codes
 
 
 def problem(rows=24, columns=16, groups=2, codewords=8, d=4, seed=0):
@@ -57,37 +60,43 @@ def test_neither_half_raises_the_error(seed):
     assert errors[-1] < 0.5 * errors[0]
 
 
+def restored(weight, leaf, seen, keep=False):
+    """Of one matrix that is no stack: the leaf and what its bias gets."""
+    return _restored((("w", None),), (keep,), {"w": weight.T}, [leaf], {"w": seen})[0]
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_restored_outputs_have_slope_one_on_the_teachers_and_its_mean(seed):
     """On any inputs; and without `scale` the mean alone. Before, solved codes are fainter by their error."""
     weight, moments, codebook, _ = problem(seed=seed)
     codebook, codes, error = layerwise.solve(weight, moments, codebook)
+    leaf = from_codes(codebook, np.asarray(codes))
     rng = np.random.default_rng(seed)
     x = rng.multivariate_normal(rng.standard_normal(16), np.asarray(moments, np.float64), 300)
     mean = x.mean(0)
-    spread = (x - mean).T @ (x - mean) / len(x)
-    how = [jnp.asarray(a, jnp.float32) for a in (spread, mean)]
+    seen = InputMoments(*(jnp.asarray(a, jnp.float32) for a in (x.T @ x / len(x), mean[None], np.ones(1))))
 
-    def slope_and_shift(codebook, shift):
-        wanted, found = (x @ np.asarray(w, np.float64).T for w in (weight, decoded(codebook, codes)))
+    def slope_and_shift(leaf, shift):
+        wanted, found = (x @ np.asarray(w, np.float64).T for w in (weight, decoded(leaf.codebook, codes)))
         found = found + np.asarray(shift)
         around = wanted - wanted.mean(0)
         return (around * found).sum() / np.square(around).sum(), np.abs(found.mean(0) - wanted.mean(0)).max()
 
-    fainter, _ = slope_and_shift(codebook, np.zeros(24))
+    fainter, _ = slope_and_shift(leaf, np.zeros(24))
     assert fainter < 1 - 0.3 * float(error)
-    slope, shift = slope_and_shift(*layerwise.restored(weight, *how, codebook, codes, scale=True))
+    slope, shift = slope_and_shift(*restored(weight, leaf, seen))
     assert abs(slope - 1) < 1e-5 and shift < 1e-5 * np.abs(x).max()
-    same, shift = layerwise.restored(weight, *how, codebook, codes, scale=False)
-    np.testing.assert_array_equal(same, codebook)
+    same, shift = restored(weight, leaf, seen, keep=True)
+    np.testing.assert_array_equal(same.codebook, codebook)
     assert slope_and_shift(same, shift)[1] < 1e-5 * np.abs(x).max()
 
 
 def test_a_layer_of_nothing_but_zeros_stays_so():
     weight, moments, codebook, codes = problem()
-    zeros = jnp.zeros_like(codebook)
-    found, shift = layerwise.restored(weight, moments, jnp.ones(16), zeros, codes, scale=True)
-    np.testing.assert_array_equal(found, zeros)
+    zeros = from_codes(jnp.zeros_like(codebook), np.asarray(codes))
+    seen = InputMoments(moments + 1, jnp.ones((1, 16)), jnp.ones(1))
+    found, shift = restored(weight, zeros, seen)
+    np.testing.assert_array_equal(found.codebook, zeros.codebook)
     np.testing.assert_allclose(shift, np.asarray(weight).sum(1), rtol=1e-5)
 
 
@@ -165,21 +174,21 @@ def test_a_codeword_that_nobody_uses_stays():
 
 
 def layer(path, share, spec=(256, 4), rows=768, columns=192):
-    return allocate.Layer(path, rows, columns, VQSpec(*spec), share)
+    return allocate.Layer(path, rows, columns, VQSpec(*spec, dtype="float16"), share)
 
 
 LAYERS = [layer("blocks/0/a", 0.5), layer("blocks/1/a", 0.01), layer("blocks/0/b", 0.1, rows=1152)]
 
 
-def cost(chosen, layers, codebook_bits=16):
-    bits = sum(each.bits(chosen[each.path], codebook_bits) for each in layers)
+def cost(chosen, layers):
+    bits = sum(chosen[each.path].stored_bits(each.rows, each.columns) for each in layers)
     return bits, sum(each.menu()[chosen[each.path]] for each in layers)
 
 
 @pytest.mark.parametrize("bits", [1.0, 1.5, 2.1, 2.15, 2.2, 3.0, 5.0])
 def test_an_allocation_keeps_its_budget_and_none_that_does_is_better(bits):
     budget = int(bits * sum(each.rows * each.columns for each in LAYERS))
-    chosen = allocate.spread(LAYERS, budget, 16)
+    chosen = allocate.spread(LAYERS, budget)
     size, error = cost(chosen, LAYERS)
     assert size <= budget
     every = itertools.product(*(each.menu() for each in LAYERS))
@@ -192,25 +201,25 @@ def test_an_allocation_keeps_its_budget_and_none_that_does_is_better(bits):
 def test_a_coarse_count_of_bits_keeps_the_budget(states, monkeypatch):
     monkeypatch.setattr(allocate, "_STATES", states)
     budget = int(2.2 * sum(each.rows * each.columns for each in LAYERS))
-    size, error = cost(allocate.spread(LAYERS, budget, 16), LAYERS)
-    fine = cost(allocate.spread(LAYERS, int(budget * (1 - 4 / states)), 16), LAYERS)
+    size, error = cost(allocate.spread(LAYERS, budget), LAYERS)
+    fine = cost(allocate.spread(LAYERS, int(budget * (1 - 4 / states))), LAYERS)
     assert size <= budget and error <= fine[1]
-    tight = sum(min(each.bits(spec, 16) for spec in each.menu()) for each in LAYERS)
-    assert cost(allocate.spread(LAYERS, tight, 16), LAYERS)[0] == tight
+    tight = sum(min(spec.stored_bits(each.rows, each.columns) for spec in each.menu()) for each in LAYERS)
+    assert cost(allocate.spread(LAYERS, tight), LAYERS)[0] == tight
 
 
 def test_what_costs_most_gets_most_and_together_means_alike():
     budget = int(2.1 * sum(each.rows * each.columns for each in LAYERS))
     rate = lambda spec: np.log2(spec.codewords) / spec.subvector
-    chosen = allocate.spread(LAYERS, budget, 16)
+    chosen = allocate.spread(LAYERS, budget)
     assert rate(chosen["blocks/0/a"]) > rate(chosen["blocks/0/b"]) > rate(chosen["blocks/1/a"])
-    alike = allocate.spread(LAYERS, budget, 16, together=True)
+    alike = allocate.spread(LAYERS, budget, together=True)
     assert alike["blocks/0/a"] == alike["blocks/1/a"] and cost(alike, LAYERS)[0] <= budget
 
 
 def test_a_budget_below_the_least_is_refused():
     with pytest.raises(InputError, match="the least that the layers can have"):
-        allocate.spread(LAYERS, 1000, 16)
+        allocate.spread(LAYERS, 1000)
 
 
 def test_rules_match_their_paths_alone():

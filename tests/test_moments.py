@@ -7,19 +7,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models import tiny
+from models import evaluations, tiny
 
-from vq4dit_jax import methods
-from vq4dit_jax.diffusion import schedule as diffusion
 from vq4dit_jax.errors import InputError
 from vq4dit_jax.methods.moments import Probe, input_moments
+from vq4dit_jax.networks.conditioning import ClassLabels
 from vq4dit_jax.networks.layers import layer_norm, modulate
+from vq4dit_jax.networks.network import Network, as_network
 from vq4dit_jax.qarray.linear import linear
 
 KERNELS = ("attn/qkv", "attn/proj", "mlp/fc1", "mlp/fc2", "adaLN_modulation/1")
 PATHS = [f"blocks/{name}/kernel" for name in KERNELS]
-STEPS, TRAJECTORIES = 2, 2
-NETWORK = methods.as_network(tiny()[0])
+STEPS = 4
+NETWORK = as_network(tiny()[0])
 
 
 @pytest.fixture(scope="module")
@@ -29,21 +29,13 @@ def teacher():
 
 @pytest.fixture(scope="module")
 def moments(teacher):
-    how = dict(key=jax.random.key(3), images=2, num_steps=STEPS, trajectories=TRAJECTORIES)
-    return input_moments(tiny()[0], teacher, PATHS, **how)
+    return input_moments(tiny()[0], teacher, PATHS, key=jax.random.key(3), images=2, num_steps=STEPS)
 
 
 @pytest.fixture(scope="module")
 def seen(teacher):
-    """The batches that `moments` were collected on."""
-    sched = diffusion.make_schedule(STEPS)
-    advance = jax.jit(lambda where: methods.advance(NETWORK, teacher, sched, 1.5, where))
-    where = methods.begin(NETWORK, sched, jax.random.key_data(jax.random.key(3)), jnp.int32(0), 2)
-    batches = []
-    for _ in range(STEPS * TRAJECTORIES):
-        batch, where = advance(where)
-        batches.append(batch)
-    return batches
+    """The evaluations that `moments` were collected on."""
+    return evaluations(NETWORK, teacher, key=jax.random.key(3), num_steps=STEPS)
 
 
 def test_moments_are_those_of_inputs_collected_by_hand(teacher, seen, moments):
@@ -52,13 +44,15 @@ def test_moments_are_those_of_inputs_collected_by_hand(teacher, seen, moments):
     adaln = jax.tree.map(lambda a: a[0], teacher["blocks"]["adaLN_modulation"]["1"])
 
     @jax.jit
-    def inputs(batch):
-        c = jax.nn.silu(model.apply({"params": teacher}, batch.t, batch.y, method="conditioning"))
+    def inputs(evaluation):
+        c = jax.nn.silu(model.apply({"params": teacher}, evaluation.t, evaluation.cond, method="conditioning"))
         shift, scale, *_ = jnp.split(linear(c, adaln["kernel"], adaln["bias"]), 6, axis=-1)
-        tokens = model.apply({"params": teacher}, batch.x, method="_tokens")
+        tokens = model.apply({"params": teacher}, evaluation.x, method="_tokens")
         return c, modulate(layer_norm(tokens, 1e-6), shift, scale).reshape(-1, 32)
 
-    conditions, tokens = zip(*[[np.asarray(a, np.float64) for a in inputs(batch)] for batch in seen], strict=True)
+    conditions, tokens = zip(
+        *[[np.asarray(a, np.float64) for a in inputs(evaluation)] for evaluation in seen], strict=True
+    )
     for path, block, rows in (
         ("blocks/adaLN_modulation/1/kernel", 0, conditions),
         ("blocks/adaLN_modulation/1/kernel", 1, conditions),
@@ -72,11 +66,11 @@ def test_moments_are_those_of_inputs_collected_by_hand(teacher, seen, moments):
 
 def test_means_and_spread_are_those_of_inputs_collected_by_hand(teacher, seen):
     """Around each time step's own mean, steps counting as their weights say."""
-    path, weights = "blocks/adaLN_modulation/1/kernel", np.array([0.5, 1.5])
+    path, weights = "blocks/adaLN_modulation/1/kernel", np.array([0.5, 1.5, 1.25, 0.75])
     how = dict(key=jax.random.key(3), images=2, num_steps=STEPS)
     found = input_moments(tiny()[0], teacher, [path], weights={path: jnp.asarray(weights, jnp.float32)}, **how)[path]
     conditioning = jax.jit(lambda t, y: tiny()[0].apply({"params": teacher}, t, y, method="conditioning"))
-    rows = [np.asarray(jax.nn.silu(conditioning(batch.t, batch.y)), np.float64) for batch in seen[:STEPS]]
+    rows = [np.asarray(jax.nn.silu(conditioning(evaluation.t, evaluation.cond)), np.float64) for evaluation in seen]
     rows = rows[::-1]  # a trajectory begins at the last index
     means = np.stack([r.mean(0) for r in rows])
     spread = sum(w * (r - m).T @ (r - m) / len(r) for w, r, m in zip(weights, rows, means, strict=True)) / STEPS
@@ -85,15 +79,15 @@ def test_means_and_spread_are_those_of_inputs_collected_by_hand(teacher, seen):
         np.testing.assert_allclose(np.asarray(found.mean()[block]), weights @ means / STEPS, rtol=1e-4, atol=1e-6)
         # Two large numbers of float32 are subtracted.
         size = np.abs(np.asarray(found.second)).max()
-        np.testing.assert_allclose(np.asarray(found.spread()[block]), spread, rtol=0, atol=2e-6 * size)
+        np.testing.assert_allclose(np.asarray(found.covariance()[block]), spread, rtol=0, atol=2e-6 * size)
 
 
 def test_steps_count_as_their_weights_say(teacher):
-    """The mean over steps with weights 2 and 0 is that of the first step alone, for the kernel that has them."""
+    """Weights 2 and 0 leave the moments of half of the steps, for the kernel that has them; the halves' mean is the whole."""
     how = dict(key=jax.random.key(3), images=2, num_steps=STEPS)
     alike, first, last = (
         input_moments(tiny()[0], teacher, PATHS[:2], weights={PATHS[0]: jnp.asarray(w)} if w else {}, **how)
-        for w in (None, (2.0, 0.0), (0.0, 2.0))
+        for w in (None, (2.0, 2.0, 0.0, 0.0), (0.0, 0.0, 2.0, 2.0))
     )
     alike, first, last = ([found[path].second for path in PATHS[:2]] for found in (alike, first, last))
     np.testing.assert_allclose((first[0] + last[0]) / 2, alike[0], rtol=1e-5, atol=1e-6)
@@ -108,9 +102,10 @@ def test_differences_are_the_moments_of_what_the_label_changes(teacher, seen):
     plain = input_moments(tiny()[0], teacher, [path], **how)[path].second[0]
     found = input_moments(tiny()[0], teacher, [path], differences={path: share}, **how)[path].second[0]
     # One step of one trajectory starts with the noise and the labels of `seen`, at the first of its time steps.
-    batch = seen[0]
+    evaluation = seen[0]
     c = np.asarray(
-        jax.nn.silu(tiny()[0].apply({"params": teacher}, batch.t * 0, batch.y, method="conditioning")), np.float64
+        jax.nn.silu(tiny()[0].apply({"params": teacher}, evaluation.t * 0, evaluation.cond, method="conditioning")),
+        np.float64,
     )
     changed = c[: len(c) // 2] - c[len(c) // 2 :]
     wanted = changed.T @ changed
@@ -139,7 +134,7 @@ def test_a_probe_does_not_change_the_network(teacher, seen):
     zeros = {path: jnp.zeros((2, flat[path].shape[1])) for path in PATHS}
     flat |= {path: Probe(flat[path], jnp.einsum("bi,bj->bij", zero, zero), zero) for path, zero in zeros.items()}
     probed = flax.traverse_util.unflatten_dict(flat, sep="/")
-    output, _ = jax.jit(NETWORK.apply)(probed, seen[0].x, seen[0].t, seen[0].y)
+    output, _ = jax.jit(NETWORK.apply)(probed, seen[0].x, seen[0].t, seen[0].cond)
     wanted = np.asarray(seen[0].output)
     np.testing.assert_allclose(np.asarray(output), wanted, atol=5e-6 * np.abs(wanted).max())
 
@@ -148,18 +143,18 @@ def test_what_has_no_moments_is_refused(teacher):
     with pytest.raises(InputError, match="wanted the path of a kernel .*, such as blocks/"):
         input_moments(NETWORK, teacher, ["blocks/attn/nothing"], key=jax.random.key(0))
 
-    def one_linear(params, x, t, y):
+    def one_linear(params, x, t, cond):
         out = linear(x, params["used"]["kernel"], None)
         return out, [out]
 
-    network = methods.Network(one_linear, (4, 4, 3), 5)
+    network = Network(one_linear, (4, 4, 3), ClassLabels(5))
     eye = {"used": {"kernel": jnp.eye(3)}, "spare": {"kernel": jnp.eye(4)}}
     with pytest.raises(InputError, match="spare/kernel: the network does not use"):
         input_moments(network, eye, ["used/kernel", "spare/kernel"], key=jax.random.key(0), images=1, num_steps=1)
 
-    def foreign(params, x, t, y):
+    def foreign(params, x, t, cond):
         kernel = params["blocks"]["attn"]["qkv"]["kernel"]
         return x, [x * jnp.asarray(kernel).mean()]
 
-    with pytest.raises(InputError, match=r"Linears of vq4dit_jax\.models\.linear"):
+    with pytest.raises(InputError, match=r"Linears of vq4dit_jax\.qarray\.linear"):
         input_moments(dataclasses.replace(NETWORK, apply=foreign), teacher, PATHS, key=jax.random.key(0))

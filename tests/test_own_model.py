@@ -15,6 +15,10 @@ from models import tiny
 import vq4dit_jax as vq
 from vq4dit_jax import methods
 from vq4dit_jax.errors import InputError
+from vq4dit_jax.methods.losses import block_distance
+from vq4dit_jax.methods.tune import Tune, initial_student
+from vq4dit_jax.networks.conditioning import ClassLabels
+from vq4dit_jax.networks.network import as_network
 from vq4dit_jax.qarray.linear import Linear
 from vq4dit_jax.qarray.tree import map_leaves
 
@@ -90,8 +94,9 @@ def test_its_parameters_keep_their_names_and_types(page):
 def test_it_samples(page):
     names = _run(SAMPLING, dict(vars(page)))
     assert names.images.shape == (4, 32, 32, 3) and names.images.dtype == np.uint8
-    fp = np.asarray(names.sample(page.params))
-    error = {m: np.linalg.norm(np.asarray(names.sample(getattr(page, m))) - fp) for m in ("kmeans", "packed")}
+    sample = lambda params: np.asarray(vq.sample(page.network, params, names.labels, **names.how))
+    fp = sample(page.params)
+    error = {m: np.linalg.norm(sample(getattr(page, m)) - fp) for m in ("kmeans", "packed")}
     assert 0 < error["packed"] < error["kmeans"]
     # Guidance and both labels matter: one of the two images of class 7 has another key, and that is all.
     assert not np.array_equal(names.images[1], names.images[2])
@@ -114,9 +119,9 @@ def test_linear_stands_in_for_dense(page):
 
 
 def _calibrate(page, network=None, **changes):
-    given = {"params": page.params, "packed": page.kmeans, "recipe": vq.Recipe(steps=1, batch=1), **changes}
-    params, packed, recipe = given.pop("params"), given.pop("packed"), given.pop("recipe")
-    return vq.calibrate(network or page.network, params, packed, key=jax.random.key(0), recipe=recipe, **given)
+    given = {"params": page.params, "packed": page.kmeans, "tune": Tune(steps=1, batch=1), **changes}
+    passes = (given.pop("tune"),)
+    return vq.calibrate(network or page.network, key=jax.random.key(0), passes=passes, **given)
 
 
 def _refused(message: str):
@@ -151,7 +156,6 @@ def test_a_function_that_returns_something_else_is_refused(page, change, message
         ({"sample_shape": (64, 64, 3)}, r"fails on the params and x \(2, 64, 64, 3\).*is sample_shape=\(64, 64, 3\)"),
         ({"sample_shape": (32, 32, 4)}, r"fails on the params and x \(2, 32, 32, 4\)"),
         ({"sample_shape": (32, 3)}, r"sample_shape=\(32, 3\): wanted \(H, W, C\)"),
-        ({"num_classes": 0}, "num_classes=0: wanted at least 1"),
     ],
 )
 def test_wrong_sizes_are_refused(page, changes, message):
@@ -160,9 +164,15 @@ def test_wrong_sizes_are_refused(page, changes, message):
     assert "\n" not in str(caught.value)
 
 
+def test_a_condition_of_no_classes_is_refused():
+    with _refused("num_classes=0: wanted at least 1") as caught:
+        ClassLabels(0)
+    assert "\n" not in str(caught.value)
+
+
 def test_a_function_that_cannot_run_quantized_parameters_is_told_how(page):
-    def apply(params, x, t, y):
-        output = page.module.apply({"params": params}, x, t, y)
+    def apply(params, x, t, cond):
+        output = page.module.apply({"params": params}, x, t, cond)
         return output, [output]
 
     with _refused("fails on quantized params .*dequantize"):
@@ -181,21 +191,19 @@ def test_trees_that_do_not_fit_each_other_are_refused(page):
         _calibrate(page, packed=page.params)
 
 
-def test_remat_is_for_a_dit(page):
-    with _refused("recipe.remat=True is for a DiT"):
-        _calibrate(page, recipe=vq.Recipe(steps=1, remat=True))
+def test_remat_is_for_the_networks_of_the_library(page):
+    with _refused("remat=True is for the networks of this library"):
+        _calibrate(page, tune=Tune(steps=1, remat=True))
 
 
-def test_a_folder_of_another_recipe_is_refused(tmp_path):
+def test_a_folder_of_other_passes_is_refused(tmp_path):
     model, params = tiny()
     kmeans = vq.quantize(params, 1, key=jax.random.key(0), codebook_dtype=jnp.float16)
 
     def run(**changes):
         lines = []
-        recipe = vq.Recipe(**{"steps": 2, "batch": 1, **changes})
-        out = vq.calibrate(
-            model, params, kmeans, key=jax.random.key(0), recipe=recipe, folder=tmp_path, on_step=lines.append
-        )
+        how = dict(passes=(Tune(**{"steps": 2, "batch": 1, **changes}),), folder=tmp_path, on_step=lines.append)
+        out = vq.calibrate(model, params, kmeans, key=jax.random.key(0), **how)
         return out, [line["step"] for line in lines]
 
     first, steps = run()
@@ -203,7 +211,7 @@ def test_a_folder_of_another_recipe_is_refused(tmp_path):
     assert (steps, none) == ([1, 2], [])
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), first, again)
     assert jax.tree.map(lambda a: a.dtype, first) == jax.tree.map(lambda a: a.dtype, kmeans)
-    with _refused(r"another recipe: num_candidates \(3 here, 2 there\)"):
+    with _refused(r"a run of something else: num_candidates \(3 here, 2 there\)"):
         run(num_candidates=3)
 
 
@@ -252,7 +260,7 @@ def test_soft_leaves_are_dequantized_as_their_matmul_computes_and_have_a_gradien
     weight = np.random.default_rng(0).normal(size=(*stack, 8, 12)).astype(np.float32)
     tree = {"blocks": {"kernel": jnp.asarray(weight)}}
     hard = vq.quantize(tree, rules=[(".*", vq.VQSpec(8, 4))], key=jax.random.key(0))
-    soft = methods.make_student(vq.Recipe(), tree, hard)["blocks"]["kernel"]
+    soft = initial_student(Tune(), tree, hard)["blocks"]["kernel"]
     x = np.random.default_rng(1).normal(size=(5, 8)).astype(np.float32)
 
     def through_dense(logits):
@@ -269,16 +277,18 @@ def test_soft_leaves_are_dequantized_as_their_matmul_computes_and_have_a_gradien
 
 
 def test_guidance_is_the_models(page):
-    """`Network.guide` against the formula and, of a DiT on latents, against the model's own."""
+    """`Network.combine` against the formula and, of a DiT on latents, against the model's own."""
     out = jax.random.normal(jax.random.key(0), (6, 2, 2, 8))
-    network = vq.Network(page.apply, (2, 2, 4), 10)
+    network = vq.Network(page.apply, (2, 2, 4), ClassLabels(10))
     label, null = np.asarray(out[:3], np.float64), np.asarray(out[3:], np.float64)
     wanted = np.concatenate([null[..., :4] + 1.5 * (label - null)[..., :4], label[..., 4:]], -1)
-    np.testing.assert_allclose(np.asarray(network.guide(out, 1.5)), wanted, atol=1e-6)
-    model = vq.DiT(input_size=2, in_channels=4, hidden_size=8, depth=1, num_heads=1, num_classes=10)
-    np.testing.assert_array_equal(
-        np.asarray(methods.as_network(model).guide(out, 1.5)), np.asarray(vq.networks.dit.guide(out, 1.5, 4)[:3])
-    )
+    np.testing.assert_allclose(np.asarray(network.combine(out, 1.5)), wanted, atol=1e-6)
+    model, params = tiny(in_channels=4)
+    x, t = jax.random.normal(jax.random.key(1), (6, 8, 8, 4)), jnp.full((6,), 500)
+    x, y = jnp.concatenate([x[:3], x[:3]]), jnp.asarray([0, 1, 2, 5, 5, 5])
+    own = model.apply({"params": params}, x, t, y, 1.5, method="forward_with_cfg")[:3]
+    found = as_network(model).combine(model.apply({"params": params}, x, t, y), 1.5)
+    np.testing.assert_array_equal(np.asarray(found), np.asarray(own))
 
 
 def test_the_block_distance_weighs_blocks_alike():
@@ -288,4 +298,4 @@ def test_the_block_distance_weighs_blocks_alike():
         for _ in "ab"
     )
     wanted = np.mean([np.square(first["a"] - second["a"]).mean(), np.square(first["b"][0] - second["b"][0]).mean()])
-    assert float(methods.losses.block_distance(first, second)) == pytest.approx(wanted, rel=1e-6)
+    assert float(block_distance(first, second)) == pytest.approx(wanted, rel=1e-6)

@@ -4,16 +4,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models import tiny
+from models import evaluations, tiny
 
 from vq4dit_jax.diffusion import schedule as diffusion
-from vq4dit_jax.diffusion import trajectory
-from vq4dit_jax.methods import lasting, losses, variance
+from vq4dit_jax.methods import lasting, variance
+from vq4dit_jax.methods.passes import begin
 from vq4dit_jax.networks.network import as_network
 
 IMAGES, STEPS, SCALE = 3, 4, 1.5
 C = 4  # of which three are guided
+KEY = jax.random.key(2)
 HOW = dict(images=IMAGES, num_steps=STEPS, cfg_scale=SCALE)
+FIT = variance.FitVariance(**HOW)
 SCHEDULE = diffusion.make_schedule(STEPS)
 
 
@@ -24,7 +26,7 @@ def test_room_takes_its_share_of_the_variance_and_leaves_a_quarter(i, share):
     interpolation = jnp.linspace(-1.1, 1.1, 12).reshape(x.shape)
     deviation = lambda out: diffusion.ddpm_gaussian(SCHEDULE, i, x, jnp.concatenate([x, out], -1))[1]
     smallest = jnp.square(deviation(interpolation)).min()
-    left = variance.room(SCHEDULE, i, interpolation, share * smallest)
+    left = variance.widened_variance(SCHEDULE, i, interpolation, share * smallest)
     wide = np.square(np.asarray(deviation(interpolation), np.float64))
     wanted = np.maximum(wide - share * wide.min(), wide / 4)
     np.testing.assert_allclose(np.square(deviation(left)), wanted, rtol=1e-4)
@@ -35,12 +37,12 @@ def test_where_there_is_no_choice_of_the_variance_the_output_stays():
     two = diffusion.make_schedule(2)
     assert two.log_variance_max[0] == two.log_variance_min[0]
     interpolation = jnp.linspace(-1.0, 1.0, 12).reshape(1, 2, 2, 3)
-    np.testing.assert_array_equal(variance.room(two, 0, interpolation, jnp.float32(0.1)), interpolation)
+    np.testing.assert_array_equal(variance.widened_variance(two, 0, interpolation, jnp.float32(0.1)), interpolation)
 
 
 @pytest.fixture(scope="module")
 def given():
-    """A teacher, a student whose blocks are off by a tenth, that student with room, and the teacher's batches."""
+    """A teacher, a student whose blocks are off by a tenth, that student with room, and the teacher's evaluations."""
     model, teacher = tiny(in_channels=C)
     # Outputs as small as those of a trained network: variances are exponentials of them.
     last = {**teacher["final_layer"], "linear": jax.tree.map(lambda a: 0.1 * a, teacher["final_layer"]["linear"])}
@@ -48,14 +50,17 @@ def given():
     keys = iter(jax.random.split(jax.random.key(1), 100))
     off = lambda a: a * (1 + 0.1 * jax.random.normal(next(keys), a.shape))
     student = {**teacher, "blocks": jax.tree.map(off, teacher["blocks"])}
-    fitted = variance.fit(model, teacher, student, key=jax.random.key(2), **HOW)
-    shown = trajectory.batches(as_network(model), teacher, STEPS, key=jax.random.key(2), images=IMAGES, cfg_scale=SCALE)
-    return model, teacher, student, fitted, list(shown)
+    return model, teacher, student, fit(model, teacher, student), evaluations(model, teacher, key=KEY, **HOW)
+
+
+def fit(model, teacher, student):
+    """The pass' own trajectory is that of `evaluations`."""
+    return FIT(begin(model, teacher, jax.random.key(0)), student, KEY)[0]
 
 
 def test_the_noise_prediction_stays_as_it_is(given):
-    model, _, student, fitted, batches = given
-    before, after = (as_network(model).apply(p, batches[0].x, batches[0].t, batches[0].y)[0] for p in (student, fitted))
+    model, _, student, fitted, seen = given
+    before, after = (as_network(model).apply(p, seen[0].x, seen[0].t, seen[0].cond)[0] for p in (student, fitted))
     np.testing.assert_array_equal(before[..., :C], after[..., :C])
     assert float(jnp.abs(before[..., C:] - after[..., C:]).max()) > 1e-3
     leaves = lambda tree: {path: leaf for path, leaf in jax.tree.leaves_with_path(tree) if "linear" not in str(path)}
@@ -64,27 +69,27 @@ def test_the_noise_prediction_stays_as_it_is(given):
 
 def test_a_student_without_error_is_left_alone(given):
     model, teacher, *_ = given
-    same = variance.fit(model, teacher, teacher, key=jax.random.key(2), **HOW)
+    same = fit(model, teacher, teacher)
     for a, b in zip(jax.tree.leaves(same), jax.tree.leaves(teacher), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
-def cost(model, params, batches):
+def cost(model, params, seen):
     """Sum over steps and pixels of the squared error of the variance output, as each step counts; in float64."""
     network, total = as_network(model), 0.0
-    for batch in batches:
-        i, x = int(batch.i), batch.x[:IMAGES]
+    for one in seen:
+        i, x = int(one.i), one.x[:IMAGES]
         if i == 0:  # no noise is drawn
             continue
-        output = network.apply(params, batch.x, batch.t, batch.y)[0]
+        output = network.apply(params, one.x, one.t, one.cond)[0]
         (mean, _), (wanted, deviation) = (
-            diffusion.ddpm_gaussian(SCHEDULE, i, x, network.guide(out, SCALE)) for out in (output, batch.output)
+            diffusion.ddpm_gaussian(SCHEDULE, i, x, network.combine(out, SCALE)) for out in (output, one.output)
         )
         error, wide = (np.square(np.asarray(a, np.float64)) for a in (mean - wanted, deviation))
         span = float(SCHEDULE.log_variance_max[i] - SCHEDULE.log_variance_min[i])
-        target = np.asarray(batch.output[:IMAGES, ..., C:], np.float64)
+        target = np.asarray(one.output[:IMAGES, ..., C:], np.float64)
         target += 2 / span * np.log(np.maximum(1 - error.mean() / wide, 0.25))
-        clean = diffusion.predict_x0(SCHEDULE, i, x, losses.guided_eps(network, batch.output, SCALE))
+        clean = diffusion.predict_x0(SCHEDULE, i, x, network.prediction(one.output, SCALE))
         left = lasting.lasting(SCHEDULE, i, lasting.octaves(clean))
         counts = wide.mean() * (span / 4) ** 2 * float((left.squared * left.fraction).sum())
         total += counts * np.square(target - np.asarray(output[:IMAGES, ..., C:], np.float64)).sum()
@@ -93,9 +98,9 @@ def cost(model, params, batches):
 
 def test_no_other_columns_are_better(given):
     """The cost is stationary: a small change of the columns makes nothing of first order."""
-    model, _, student, fitted, batches = given
-    best = cost(model, fitted, batches)
-    assert best < 0.9 * cost(model, student, batches)
+    model, _, student, fitted, seen = given
+    best = cost(model, fitted, seen)
+    assert best < 0.9 * cost(model, student, seen)
     rng, linear = np.random.default_rng(0), fitted["final_layer"]["linear"]
     for name in ("kernel", "bias"):
         change = np.zeros((*linear[name].shape[:-1], 4, 2, C), np.float32)
@@ -103,7 +108,7 @@ def test_no_other_columns_are_better(given):
         change = change.reshape(linear[name].shape)
         moved = [{**linear, name: linear[name] + sign * change} for sign in (1, -1)]
         found = [
-            cost(model, {**fitted, "final_layer": {**fitted["final_layer"], "linear": new}}, batches) for new in moved
+            cost(model, {**fitted, "final_layer": {**fitted["final_layer"], "linear": new}}, seen) for new in moved
         ]
         assert min(found) > best
         assert abs(found[0] - found[1]) < 0.01 * (sum(found) / 2 - best)

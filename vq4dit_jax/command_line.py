@@ -1,4 +1,4 @@
-"""What all commands share: one line and exit code 2 for what the user can mend, no traceback."""
+"""Shared by all commands: bad input ends in one line and exit code 2, without a traceback."""
 
 import argparse
 import contextlib
@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 from vq4dit_jax.errors import InputError, MissingExtraError, is_disk_full
 
 _LONGEST = 1200
-"""Characters of a message; what is longer loses its middle."""
+"""Characters of a message; longer ones lose their middle."""
 
 
 class Parser(argparse.ArgumentParser):

@@ -1,4 +1,4 @@
-"""What a config file imports. `vq4dit_jax.run.config` says what the keys mean."""
+"""The names that a config file imports. `vq4dit_jax.run.config` documents the keys."""
 
 from vq4dit_jax.run.config import cifar10, default, xl2
 

@@ -1,4 +1,4 @@
-"""Errors a user can mend. `main` prints them in one line and exits with code 2."""
+"""Errors that a user can correct. Commands print them in one line and exit with code 2."""
 
 import errno
 
@@ -26,7 +26,7 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def is_disk_full(error: BaseException | None) -> bool:
-    """Whether an error, or what it came from, says that no more can be written. Orbax says it only in words."""
+    """Whether an error or its cause says that the disk is full. Orbax says it only in words."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in _FULL:
             return True

@@ -28,9 +28,9 @@ def atomic_path(target: str | os.PathLike, kind: Kind = "file") -> Iterator[path
     """Yields a path beside `target` to write a file or a folder to; renames it on success, removes it on failure.
 
     A reader sees the old content or the new, never half of it, also after SIGKILL or a power failure: the data are
-    on the disk before the rename. What a killed writer leaves is named `.<name>.partial` and is removed by the next
-    one. A folder cannot be renamed over another: the old one is first renamed to `.<name>.replaced`, and `recover`
-    renames it back where the new one did not take its place. A symbolic link stays, and what it points to is written.
+    on the disk before the rename. The rest of a killed writer is named `.<name>.partial`; the next writer removes
+    it. A folder cannot be renamed over another: the old one is first renamed to `.<name>.replaced`, and `recover`
+    renames it back where the new one did not take its place. A symbolic link stays, and its target is written.
 
     Raises:
       InputError: `target` is something that may not be replaced, see `check_target`.
@@ -157,7 +157,7 @@ def remove(path: pathlib.Path) -> None:
 
 
 def reserve(path: pathlib.Path, size: int) -> None:
-    """Raises the OSError of a full disk now, rather than in the middle of somebody else's writer: `size` bytes are
+    """Raises the OSError of a full disk now, rather than in the middle of a library's writer: `size` bytes are
     allocated at `path` and given back. Where the system cannot allocate (macOS), the free space is compared.
     """
     try:
@@ -199,7 +199,7 @@ def write_text(target: str | os.PathLike, text: str) -> None:
 
 
 def write_json(target: str | os.PathLike, value: Any) -> None:
-    """Writes strict JSON: a NaN or an infinity is an error here, not at the reader's."""
+    """Writes strict JSON: a NaN or an infinity is an error here, not in the reader."""
     write_text(target, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 

@@ -10,9 +10,8 @@ def progress(iterable_or_total: Iterable | int, description: str, unit: str) -> 
     """A bar with the time left on stderr where that is a terminal, and nothing at all elsewhere.
 
     Args:
-      iterable_or_total: what to iterate over, or how many units there will be: then call `.update(count)`
-        on what this returns, inside `with`.
-      description: what is being done, in a word or two; stands left of the bar.
+      iterable_or_total: an iterable, or the number of units: then call `.update(count)` on the result, inside `with`.
+      description: of the work, in a word or two, left of the bar.
       unit: name of one unit of work ("step", "image"). "B" counts bytes and writes them as kB, MB, GB.
     """
     counted = not isinstance(iterable_or_total, Iterable)

@@ -1,7 +1,7 @@
 """Many images from one model: `python -m vq4dit_jax.sample --checkpoint=quantized/ --num-images=50000 --out=DIR`.
 
-Only to be run: in Python `vq4dit_jax.sample` is the function of `vq4dit_jax.networks.sampling`, and the work is
-`vq4dit_jax.run.generation`'s.
+A command only: in Python `vq4dit_jax.sample` is the function of `vq4dit_jax.networks.sampling`, and `vq4dit_jax.run.generation`
+does the work.
 """
 
 import argparse
@@ -129,7 +129,7 @@ def _main(flags: argparse.Namespace) -> None:
         "decoder": decoder,
         "rounding": "uint8, 127.5 x + 128, clipped, cut off",
     }
-    about = {"checkpoint": flags.checkpoint, "devices": provenance.devices(), "versions": provenance.versions()}
+    about = lambda: {"checkpoint": flags.checkpoint, "devices": provenance.devices(), "versions": provenance.versions()}
     made_from = Claim(folder / "recipe.json", recipe, about=about)
     # A refusal must not keep the folder: everything is checked before it is claimed.
     made_from.check()

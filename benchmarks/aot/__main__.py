@@ -1,4 +1,4 @@
-"""Compiles every kernel for an H200 with no GPU, prints what came out, and fails where a limit is broken.
+"""Compiles every kernel for an H200 with no GPU, prints facts of the compiled code, and fails where a limit is exceeded.
 
     python -m benchmarks.aot [--json FILE] [--only PART]
 
@@ -23,7 +23,7 @@ from vq4dit_jax.storage import provenance
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """What one case compiled to. Figures of its slowest-looking kernel: the Mosaic kernel with the longest main loop."""
+    """The compiled code of one case; figures of the Mosaic kernel with the longest main loop."""
 
     case: str
     registers: int
@@ -82,7 +82,7 @@ def main(arguments: list[str]) -> int:
     if reason := compiler.unavailable():
         print(reason, file=sys.stderr)
         return 2
-    # XLA asks the plugin for a GPU that is not there, and says so.
+    # XLA asks the plugin for a GPU, finds none, and logs that.
     logging.getLogger("jax._src.xla_bridge").setLevel(logging.ERROR)
     from benchmarks.aot.cases import cases
 

@@ -1,4 +1,4 @@
-"""What `python -m benchmarks.aot` compiles: every kernel at DiT-XL/2's shapes, and whole sampler steps.
+"""The cases of `python -m benchmarks.aot`: every kernel at DiT-XL/2's shapes, and whole sampler steps.
 
 Limits of main loops are those of the prototypes in the design study (docs/kernels.md), in instructions of one warp and
 step; limits of launches are a block's.
@@ -35,7 +35,7 @@ _LAYER = _S((1,), jnp.int32)
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A program and what it may cost: `mma` is the opcode of its longest main loop; None: no limit."""
+    """A program and its limits: `mma` is the opcode of its longest main loop; None: no limit."""
 
     fn: Callable[..., Any]
     shapes: tuple[Any, ...]
@@ -196,7 +196,7 @@ def _step(size: int, batch: int, bits: int | None, activations: str | None, inte
 
 @functools.cache
 def cases() -> dict[str, Case]:
-    """By name. Making them takes seconds: a layer of each network is really prepared."""
+    """By name. This takes seconds, because a layer of each network is prepared."""
     steps = {
         "step 256 px batch 8 vq2": _step(32, 8, 2, None),
         "step 256 px batch 8 w2a8": _step(32, 8, 2, "int8"),

@@ -1,4 +1,4 @@
-"""Compiles a jitted function for an NVIDIA H200 with no GPU, and keeps the texts that XLA and Mosaic write on the way."""
+"""Compiles a jitted function for an NVIDIA H200 with no GPU, and keeps the texts that XLA and Mosaic write."""
 
 import contextlib
 import dataclasses
@@ -54,9 +54,9 @@ class Kernel:
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """A program compiled for the H200: its kernels, and what it launches in which order.
+    """A program compiled for the H200: its kernels, and its launches in order.
 
-    `hlo` is XLA's optimized program without the code of Mosaic's kernels in it; `outputs` what it returns, flattened.
+    `hlo` is XLA's optimized program without the code of Mosaic's kernels in it; `outputs` are its results, flattened.
     """
 
     name: str
@@ -101,10 +101,10 @@ def compile(fn: Callable, *shapes: Any, name: str = "program") -> Compiled:
     Args:
         fn: a function of arrays, jitted or not.
         shapes: pytrees of jax.ShapeDtypeStruct or arrays, one for each argument; arrays lend only shape and dtype.
-        name: of the program; what is not a letter or digit becomes '_'.
+        name: of the program; other characters than letters and digits become '_'.
 
     Raises:
-        RuntimeError: something is missing here (`unavailable`), or the compiler wrote something that we do not know.
+        RuntimeError: something is missing here (`unavailable`), or the compiler's output has an unknown form.
     """
     if reason := unavailable():
         raise RuntimeError(reason)
@@ -131,7 +131,7 @@ def _topology() -> topologies.TopologyDescription:
 
 
 def _abstract_mesh() -> AbstractMesh:
-    """Tells the lowering rules what the device is: Mosaic asks for the number of cores."""
+    """Describes the device to the lowering rules: Mosaic needs the number of cores."""
     device = AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
     return AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device)
 
@@ -140,8 +140,8 @@ def _abstract_mesh() -> AbstractMesh:
 def _dumping(folder: str) -> Iterator[None]:
     """Mosaic writes its texts to `folder`, XLA finds ptxas, and nothing goes into JAX's compilation cache.
 
-    JAX cannot read back what it would write there: that takes a client with a device. Mosaic disassembles whatever it
-    dumps, twice; it gets a disassembler that does nothing, because we do that when somebody asks.
+    JAX cannot read such cache entries back without a client with a device. Mosaic disassembles all its dumps, twice; it gets a
+    disassembler that does nothing, because `Kernel.assembly` does that on demand.
     """
     disassembler = pathlib.Path(folder, "bin", "nvdisasm")
     disassembler.parent.mkdir()

@@ -1,4 +1,4 @@
-"""XLA's list of thunks: what a compiled program starts on the GPU, in order, with the bodies of loops and branches."""
+"""XLA's list of thunks: the launches of a compiled program in order, with the bodies of loops and branches."""
 
 import dataclasses
 import re
@@ -28,7 +28,7 @@ class Thunk:
 
 
 def launches_of(thunks: tuple[Thunk, ...]) -> tuple[Thunk, ...]:
-    """What one pass through `thunks` launches.
+    """The launches of one pass through `thunks`.
 
     A loop counts as one pass through its body (not its condition, which XLA evaluates on the host where it knows the
     number of iterations), a branch as its longest.

@@ -12,15 +12,15 @@ import tempfile
 
 ARCH = "sm_90a"
 
-# What the tensor-core instructions of Hopper are called in SASS: 16-bit floats, 8-bit integers, 8-bit floats.
+# Names of Hopper's tensor-core instructions in SASS: 16-bit floats, 8-bit integers, 8-bit floats.
 MMA_OPCODES = ("HGMMA", "IGMMA", "QGMMA")
 
 
 @dataclasses.dataclass(frozen=True)
 class Assembly:
-    """What ptxas made of one kernel.
+    """One kernel as assembled by ptxas.
 
-    `spill_bytes` counts stores and loads; `shared_bytes` is what is allocated statically; `instructions` is the text of
+    `spill_bytes` counts stores and loads; `shared_bytes` is the static shared memory; `instructions` is the text of
     nvdisasm without labels, `labels` maps each label to the index of the instruction behind it.
     """
 
@@ -72,7 +72,7 @@ def tool(name: str) -> str | None:
 
 
 def version(name: str) -> str | None:
-    """What the program says of its release, such as "V13.0.88"; None where it is not there."""
+    """The release of the program, such as "V13.0.88"; None where it is not there."""
     path = tool(name)
     found = re.search(r"\bV[\d.]+", _run([path, "--version"])) if path else None
     return found[0] if found else None

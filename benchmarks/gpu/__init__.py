@@ -1,1 +1,1 @@
-"""What the kernels and the sampler step take on a Hopper GPU, beside XLA, PyTorch and the hardware's floor."""
+"""Times of the kernels and of the sampler step on a Hopper GPU, beside XLA, PyTorch and the hardware's floor."""

@@ -2,8 +2,8 @@
 
     python -m benchmarks.gpu --output=FILE [--budget=SECONDS] [--only=PATTERN] [--dry-run]
 
-A case runs in a process of its own, which compiles what needs no GPU, says that it is ready and waits; one after another
-they then get the GPU for themselves, the most important first. Every result is written when it comes, so a crash, a hang
+Each case runs in its own process, which compiles everything that needs no GPU, reports that it is ready, and waits. The cases
+then get the GPU one after another, the most important first. Every result is written at once, so a crash, a hang
 or the end of the time loses no other. Exit code: 0; 1 where a kernel is wrong; 2 where there is no Hopper GPU.
 
 --dry-run: small shapes, kernels in Pallas' interpreter, on any machine; its times mean nothing.
@@ -31,7 +31,7 @@ from benchmarks import record
 from benchmarks.gpu import timing
 
 _STALL_S = 90
-"""After so long without a word a process that checks is ended: a kernel hangs."""
+"""Seconds without a message after which a checking process is ended, because a kernel hangs."""
 
 # Name of a case -> (module, generator, its argument), most important first.
 CHECKS = {f"check {name}": ("kernels", "suite", name) for name in ("bf16", "8-bit", "others", "other kinds")}
@@ -91,7 +91,7 @@ def child(name: str, dry: bool, skip: int) -> None:
 
 
 class Case:
-    """A child process; what it says goes to `inbox` as (case, message), and at its end (case, None)."""
+    """A child process; its messages go to `inbox` as (case, message), and at its end (case, None)."""
 
     def __init__(self, name: str, dry: bool, inbox: queue.Queue, skip: int = 0):
         self.name, self.heard = name, time.monotonic()
@@ -132,7 +132,7 @@ class Case:
 
 
 class Run:
-    """All cases, and the JSON file with what they have said so far."""
+    """All cases, and the JSON file with their results so far."""
 
     def __init__(self, output: pathlib.Path, dry: bool, budget: float, head: dict[str, Any]):
         self.output, self.dry, self.inbox = output, dry, queue.Queue()
@@ -156,7 +156,7 @@ class Run:
         self.result["failures"].append({"case": name, "error": why})
 
     def listen(self, until: Callable[[], bool], limit: float) -> None:
-        """Takes what the cases say until `until` holds; ends those that are at work after the limit, or say nothing."""
+        """Takes messages of the cases until `until` holds; ends cases that run after the limit or are silent."""
         self.end = min(self.deadline, time.monotonic() + limit)
         while not until():
             now = time.monotonic()
@@ -190,7 +190,7 @@ class Run:
         self.save()
 
     def died(self, case: Case) -> None:
-        """A kernel that takes the process with it must not take the next kernels' checks."""
+        """Continues with the next check where a kernel has ended the process."""
         why = f"ended with code {case.process.returncode}"
         if case.name not in CHECKS or not case.begun:
             self.fail(case.name, why)

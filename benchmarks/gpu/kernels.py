@@ -32,7 +32,7 @@ from pallas_kernels.mosaic.soft_decode import soft_decode
 from pallas_kernels.weights import pair_rows
 
 Parts = dict[str, tuple[Any, Any, float]]
-"""Name of a result -> (what the kernel gave, what it should be, tolerance relative to the largest number)."""
+"""Name of a result -> (the kernel's result, the right one, tolerance relative to the largest number)."""
 Check = tuple[str, Callable[[], Parts]]
 
 _ROUNDING = {BF16: 4e-3, INT8: 0.5 / 127 + 5e-4, E4M3: 16 / 448 + 5e-4}
@@ -53,7 +53,7 @@ def compare(got: Any, wanted: np.ndarray, tolerance: float) -> dict[str, Any]:
 
 
 def suite(name: str, dry: bool, skip: int) -> Iterator[dict[str, Any]]:
-    """Records of all checks of a suite but the first `skip`: first the name alone, before it runs, then what came out."""
+    """Records of all checks of a suite but the first `skip`: first the name alone, before it runs, then the result."""
     checks = {
         "bf16": lambda: products(dry, ("VQ2", "VQ3")) + stacks(dry, ("VQ2", "VQ3")),
         "8-bit": lambda: products(dry, ("W2A8", "W2A8 e4m3", "W8A8", "W4A8")) + stacks(dry, ("W8A8", "W4A8")),
@@ -66,7 +66,7 @@ def suite(name: str, dry: bool, skip: int) -> Iterator[dict[str, Any]]:
             parts = check()
             record = {part: compare(*values) for part, values in parts.items()}
             yield {"section": "checks", "name": name, "ok": all(r["ok"] for r in record.values()), "results": record}
-        except Exception as e:  # a kernel that does not compile or run is a finding, and the next may
+        except Exception as e:  # a kernel that does not compile or run is a result, and the next one may run
             yield {"section": "checks", "name": name, "ok": False, "error": f"{type(e).__name__}: {e}"[:2000]}
 
 
@@ -120,7 +120,7 @@ def _product(dry: bool, kind_name: str, name: str, tokens: int, finish: str, ima
     )
     result = np.asarray(y.astype(jnp.float32)) * scale
     rounding = _ROUNDING[kind.dtype if small else BF16]
-    # Before the sum with the residual a kernel rounds once more, and what it rounds may be larger than the sum.
+    # Before the sum with the residual a kernel rounds once more, and the rounded term may be larger than the sum.
     return {str(tile): (result, wanted, 1.5 * rounding if finish == "gated" else rounding)}
 
 

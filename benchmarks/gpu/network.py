@@ -26,7 +26,7 @@ VARIANTS = {
 """Arguments of `prepare_for_inference`; None: the ordinary network in bfloat16."""
 _CODEBOOKS = {"VQ2": (256, 4), "VQ3": (64, 2), "W2A8": (256, 4)}
 _RANGE = 4.0
-"""Of what proj and fc2 read, for the fixed scales of 8-bit variants."""
+"""Ranges of the inputs of proj and fc2, for the fixed scales of 8-bit variants."""
 _STEPS, _STEP = 250, 125
 
 
@@ -77,7 +77,7 @@ def ours(variant: str, dry: bool) -> Iterator[Any]:
 
     schedule = diffusion.make_schedule(_STEPS)
     sizes = {pixels: _model(pixels, dry) for pixels in (256, 512)}
-    with jax.default_device(jax.devices("cpu")[0]):  # what is made on the way shall not count as the device's memory
+    with jax.default_device(jax.devices("cpu")[0]):  # intermediate arrays must not count as the device's memory
         raw = _random_weights(sizes[256], _CODEBOOKS.get(variant))
         how, depth = VARIANTS[variant], sizes[256].depth
         if how is None:

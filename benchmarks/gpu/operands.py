@@ -1,4 +1,4 @@
-"""Random operands of the products of a DiT, and what they multiply to in float64. Nothing is ever zero."""
+"""Random operands, none of them zero, of the products of a DiT, and their products in float64."""
 
 import dataclasses
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from pallas_kernels.weights import ByteWeights, NibbleWeights, Weights, pair_row
 BF16, INT8, E4M3 = jnp.bfloat16, jnp.int8, jnp.float8_e4m3fn
 LIMIT = {INT8: 127.0, E4M3: 448.0}
 LAYER = 1
-"""Which layer of a stack is multiplied by: not the first."""
+"""Index of the layer of a stack that is used: not the first."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +124,7 @@ def exact_product(x: Any, matrix: Matrix) -> np.ndarray:
 
 
 def plain_epilogue(matrix: Matrix, tokens: int) -> Epilogue:
-    """Nothing but the scales that 8-bit operands need."""
+    """An epilogue with the scales of 8-bit operands alone."""
     if matrix.kind.dtype == BF16:
         return Epilogue()
     row_scale = None if matrix.row_scale is None else jnp.asarray(matrix.row_scale)
@@ -132,7 +132,7 @@ def plain_epilogue(matrix: Matrix, tokens: int) -> Epilogue:
 
 
 def tile_of(weights: Weights, tokens: int, dry: bool, **how: Any) -> Tile:
-    """What the selector takes here (in a dry run: on an H200); RuntimeError with its reason where it takes no kernel."""
+    """The selector's choice here (in a dry run: on an H200); RuntimeError with its reason where it takes no kernel."""
     choice = selector.product(selector.H200 if dry else selector.facts(), weights, tokens, **how)
     if choice.tile is None:
         raise RuntimeError(f"no kernel: {choice.reason}")

@@ -39,12 +39,12 @@ _TOKENS = (16, 512, 2048, 4096, 2, 64, 16384)
 
 
 def _product(dry: bool, tile: Tile) -> Callable[..., Any]:
-    """The kernel; in a dry run, whose times nobody reads, what XLA makes of the same."""
+    """The kernel; in a dry run, whose times mean nothing, XLA's form."""
     return ops.dense_linear if dry else functools.partial(product, tile=tile)
 
 
 def bf16_product(x: jax.Array, w: jax.Array) -> jax.Array:
-    """What XLA gives to cuBLAS, or to a kernel of its own where that is faster."""
+    """XLA's product: cuBLAS, or XLA's own kernel where that is faster."""
     return jnp.matmul(x, w)
 
 
@@ -227,7 +227,7 @@ def _compile(function: Callable[..., Any], *operands: Any) -> Any:
 
 
 def _in_threads(tasks: Mapping[Any, Callable[[], Any]]) -> dict[Any, Any]:
-    """Results of all tasks, or what they raised."""
+    """Results of all tasks, or their exceptions."""
 
     def attempt(task: Callable[[], Any]) -> Any:
         try:

@@ -141,4 +141,4 @@ def floors(flops: float, bytes_moved: float, device: str, eight_bits: bool) -> d
 
 
 READY = "ready"
-"""What a case yields when it has compiled, and before it measures: it goes on when it has the GPU for itself."""
+"""A case yields this after compilation and before it measures; it continues when it has the GPU for itself."""

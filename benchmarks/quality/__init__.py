@@ -1,1 +1,1 @@
-"""The table of methods: what each does to one model's quality, on the same evaluation, with variance over seeds."""
+"""The table of methods: the quality of one model under each, on the same evaluation, with variance over seeds."""

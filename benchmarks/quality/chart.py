@@ -10,7 +10,7 @@ from vq4dit_jax.reporting.markup import Element, element, number
 
 _WIDTH, _HEIGHT = 900, 520
 _LEFT, _TOP, _RIGHT, _BOTTOM = 70, 50, 610, 460
-"""The plot; the legend is right of it."""
+"""Edges of the plot; the legend is to its right."""
 # Mostly Okabe and Ito's colours, which people who see few colours can tell apart; markers differ too. The last method of a
 # table is VQ4DiT: it has the first colour, and is drawn on top.
 _COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8a7a00", "#777777", "#000000")
@@ -21,7 +21,7 @@ def svg(result: dict[str, Any]) -> str | None:
     """The drawing; None while no quantized row has a distance."""
     lines: dict[str, list[tuple[float, float]]] = {}
     for row in result["rows"]:
-        # Changes of one choice lie in a heap at the bits of their form; the table has them.
+        # Rows that change one choice all have the bits of their form, and are in the table alone.
         if row["method"] != "fp" and row["pooled"]["fd"] and not worth.form_of(row, result["rows"]):
             lines.setdefault(row["label"], []).append((row["size"]["bits_per_quantized_weight"], row["pooled"]["fd"]))
     if not lines:

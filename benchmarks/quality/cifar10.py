@@ -27,7 +27,7 @@ def get_config() -> Table:
     base.calibration.batch = 16
     base.sample.num_images = 5100
     base.sample.steps = 50
-    base.sample.batch = 10  # two virtual devices with 8 to 16 images each are what two cores are fastest with
+    base.sample.batch = 10  # two cores are fastest with two virtual devices of 8 to 16 images each
     rows = [Row("fp", "full precision", "fp")]
     rows += [Row(f"rtn_w{b}_g64", "round to nearest, groups of 64", "rtn", b, group=64) for b in (4, 3, 2)]
     rows += [Row(f"rtn_w{b}_channel", "round to nearest, per channel", "rtn", b) for b in (4, 3, 2)]

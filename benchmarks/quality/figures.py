@@ -28,9 +28,9 @@ _READ_AT_ONCE = 1000
 
 
 class Evaluator:
-    """Evaluates images, and keeps what it has found beside them, under the checksums of all that it depends on.
+    """Evaluates images, and keeps the figures beside them, with the checksums of everything that they depend on.
 
-    What is kept outlives the images: they are the larger part of a table, and are not needed again.
+    The figures are kept when the images are removed, which are the larger part of a table.
     """
 
     def __init__(self, table: Table):
@@ -88,9 +88,9 @@ class Evaluator:
 
 
 def collect(table: Table, seeds: int, workdir: pathlib.Path) -> dict[str, Any]:
-    """The rows that are done at every seed, with their figures, and what is missing of the others.
+    """The rows that are done at every seed, with their figures, and the missing parts of the others.
 
-    A row has: what it is; "size"; "seeds", a list of the figures of each; their "mean" and "std" (of a sample: N - 1);
+    A row has: its definition; "size"; "seeds", a list of the figures of each; their "mean" and "std" (of a sample: N - 1);
     "pooled", the figures of all seeds' images as one set. A Frechet distance falls with the number of images, so those
     of one seed compare with those of one seed, and pooled ones with pooled ones.
     """

@@ -1,4 +1,4 @@
-"""The methods of the table: from a run's config to a model and what its packed form weighs."""
+"""The methods of the table: from a run's config to a model and the bytes of its packed form."""
 
 import dataclasses
 import time
@@ -32,7 +32,7 @@ class Built:
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """How a model is made, and what of its row decides it beside the teacher (names in `rows.Case.made_from`)."""
+    """How a model is made, and the parts of its row that decide it beside the teacher (names in `rows.Case.made_from`)."""
 
     make: Callable[[Pipeline, float, int | None], Built]
     reads: tuple[str, ...]

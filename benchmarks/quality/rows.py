@@ -1,4 +1,4 @@
-"""What a table is made of: its rows as data, and for each of a row's seeds what is made, and where it lies."""
+"""The rows of a table as data, and for each seed of a row its definition and its folders."""
 
 import copy
 import dataclasses
@@ -24,7 +24,7 @@ class Row:
     """One model.
 
     Attributes:
-      name: of its folder, and what `--rows` is matched with.
+      name: of its folder; `--rows` is matched with it.
       label: the method for people; rows with the same one are a line of the plot.
       method: one of `methods.METHODS`.
       bits: nominal, a weight.
@@ -136,7 +136,7 @@ class Case:
 
     @functools.cached_property
     def made_from(self) -> dict[str, Any]:
-        """All that decides the model, and nothing else: a new default of calibration is no business of round-to-nearest."""
+        """Everything that decides the model, and nothing else: round-to-nearest does not depend on the calibration's settings."""
         resolved, row = configs.as_json(self.config), self.row
         named = {
             "seed": self.seed,
@@ -168,7 +168,7 @@ class Case:
 def filled(definition: dict[str, Any]) -> dict[str, Any]:
     """A `made_from` or `sampled_from` of an older version with the keys of the config that are younger.
 
-    They have their defaults, which say what was done before. `calibration.variance` alone has another one: in 0.1.0 the
+    They have their defaults, which describe the earlier behaviour. `calibration.variance` alone has another one: in 0.1.0 the
     variance was fitted where the steps trained the last layer on what an error leaves in the image.
     """
     if "sample" in definition:

@@ -1,4 +1,4 @@
-"""What a child process does: makes the model of a case, or its samples. Killed anywhere and started again, it goes on."""
+"""The stages of a case, each in a child process: the model, the samples. A killed stage continues when it is started again."""
 
 import contextlib
 import dataclasses
@@ -69,7 +69,7 @@ def quantize(case: Case) -> None:
 
 
 def sample(case: Case) -> None:
-    """Writes the case's images, from dense float32 weights: on a CPU as fast as packed ones, and what all methods have."""
+    """Writes the case's images, from dense float32 weights, which all methods have; on a CPU they are as fast as packed ones."""
     with _lock(case):
         claim(case.samples, case.sampled_from).check()
         if is_done(case, "sample"):
@@ -129,8 +129,8 @@ def size_figures(sizes: Sizes) -> dict[str, float | int]:
 
 
 def claim(folder: pathlib.Path, definition: dict[str, Any]) -> Claim:
-    """What a result in `folder` is made from."""
-    about = {
+    """The definition that a result in `folder` is made from."""
+    about = lambda: {
         "commit": record.commit(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "devices": record.devices(),
@@ -150,7 +150,7 @@ def _lock(case: Case) -> Iterator[None]:
 
 
 def peak_bytes() -> int | None:
-    """Most memory that this process has had resident. Of Linux alone: `getrusage` counts the parent's before `exec`."""
+    """Peak resident memory of this process, on Linux alone: `getrusage` includes the parent's before `exec`."""
     status = pathlib.Path("/proc/self/status")
     found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
     return int(found[1]) * 1024 if found else None

@@ -73,11 +73,11 @@ def _worth(rows: list[dict[str, Any]]) -> list[str]:
 
 
 README = ("fp", "kmeans_w2", "gptq_w2_g64", "released_w2", "ours_w2")
-"""The rows of the README's table."""
+"""The rows of the README's table, in its order."""
 
 
 def short(result: dict[str, Any], names: Sequence[str] = ()) -> str:
-    """A few columns of the rows of these names, for the README; of all rows for docs/quality.md. A test compares both pages."""
+    """A few columns of the named rows, for the README; of all rows, for docs/quality.md. A test compares both pages."""
     head = [
         "Method",
         "Bits a weight",
@@ -89,7 +89,8 @@ def short(result: dict[str, Any], names: Sequence[str] = ()) -> str:
     ]
     exact = _exact(result["rows"])
     lines = []
-    for row in (row for row in result["rows"] if not names or row["name"] in names):
+    rows = {row["name"]: row for row in result["rows"]}
+    for row in (rows[name] for name in names or rows):
         mean, bits = row["mean"], fixed(row["size"]["bits_per_quantized_weight"], 2)
         psnr, seconds = mean.get("psnr_to_fp_db"), mean.get("calibrate_s")
         cells = [
@@ -135,7 +136,7 @@ def _other_steps(rows: list[dict[str, Any]]) -> str:
 
 
 def _remarks(rows: list[dict[str, Any]]) -> list[str]:
-    """ "VQ4DiT, 1.57 bits, seeds 1 and 2: ..." of what somebody wrote into a model's definition.json."""
+    """ "VQ4DiT, 1.57 bits, seeds 1 and 2: ..." for the remarks in the models' definition.json."""
     seeds_of: dict[tuple[str, str], list[str]] = {}
     for row in rows:
         for seed in row["seeds"]:

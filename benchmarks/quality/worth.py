@@ -1,4 +1,4 @@
-"""What single choices are worth: rows labelled "FORM: change" beside the row labelled FORM, seed by seed.
+"""The worth of single choices: rows labelled "FORM: change" beside the row labelled FORM, seed by seed.
 
 A seed is the same noise, classes and keys in both, so differences of a seed scatter less than the figures.
 """

@@ -1,11 +1,11 @@
-"""softmax(Q K^T / sqrt(H)) V straight from the product that makes Q, K and V, for Hopper; FlashAttention (arXiv 2205.14135).
+"""softmax(Q K^T / sqrt(H)) V directly from the product that computes Q, K and V, for Hopper; FlashAttention (arXiv 2205.14135).
 
 A block takes 64 queries a warpgroup of one head of one image, and streams that image's keys and values. The running
 maximum, the sum and the result stay in registers.
 
 Heads of 8 more than a multiple of 16, as DiT-XL's 72, begin in the middle of a swizzled tile at every second head, where the
-copy engine cannot start. Their tiles begin there or 8 columns before, and are 8 wider than the head: what belongs to a
-neighbour is multiplied by zeros in Q, and not stored in the result.
+copy engine cannot start. Their tiles begin there or 8 columns before, and are 8 wider than the head. The columns of a
+neighbouring head are multiplied by zeros in Q, and are not stored in the result.
 """
 
 import math

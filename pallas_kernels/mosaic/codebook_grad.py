@@ -15,9 +15,9 @@ that is its own at that moment, so that nothing collides, nothing is atomic, and
   * The n codes of a sub-vector are added in one go: n loads, then n stores. Where two of them are equal the later takes
     over the earlier's sum.
 
-Each program sums a part of a group of rows. It writes its (K, 32) sums, and XLA adds the parts, the copies and nothing else.
-All sums are float32: for K = 256, d = 4, n = 2 a sub-vector takes 8 steps of a load, an FMA and a store, which the memory
-that has to be read anyway (G, candidates, ratios) hides.
+Each program sums a part of a group of rows and writes its (K, 32) sums. XLA adds the parts and the copies.
+All sums are float32: for K = 256, d = 4, n = 2 a sub-vector takes 8 steps of a load, an FMA and a store, and the
+time of these steps is hidden behind the reads of G, candidates and ratios.
 """
 
 import math
@@ -40,7 +40,7 @@ from pallas_kernels.mosaic.subvectors import STREAMING_MULTIPROCESSORS, TILE
 
 _WARPS = 4
 _LANES = 32
-_SHARED_BYTES = 200 * 1024  # of a multiprocessor, for sums; what else a program needs is in the rest of the 227 KB
+_SHARED_BYTES = 200 * 1024  # of a multiprocessor, for sums; everything else of a program is in the rest of the 227 KB
 _TILES_OF_A_PROGRAM = 64
 """Enough work (32,768 sub-vectors) that clearing and writing the sums is a few per cent of it."""
 
@@ -53,8 +53,8 @@ def codebook_grad(
     *,
     interpret: Any = None,
 ) -> tuple[Float[Array, "*stack G K d"], Float[Array, "*stack n O S"]]:
-    """dC and dr of L = f(W_hat), both float32, from dL/dW_hat in float32 or bfloat16; what
-    `pallas_kernels.reference_soft.codebook_grad` defines.
+    """dC and dr of L = f(W_hat), both float32, from dL/dW_hat in float32 or bfloat16, as defined by
+    `pallas_kernels.reference_soft.codebook_grad`.
 
     One launch for all layers of the stack (do not `vmap` it), and two small ones of XLA for the sum over parts. Candidates
     may be uint8 or int32; K <= 256, d in {2, 4, 8}, n <= 4. A group whose sub-vectors are no multiple of 512 is padded, which
@@ -204,7 +204,7 @@ def _add(base: Any, own_column: Any, components: list[Any], codes: list[Any], ra
             values[later] = arith.addf(values[later], product, fastmath=contract)
         for value, word in zip(values, words, strict=True):
             llvm.store(value, word)
-        # In the next step another lane of this warp adds to the word.
+        # In the next step another lane of this warp adds to the same word.
         mgpu.utils.warp_barrier()
 
 

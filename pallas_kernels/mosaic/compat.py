@@ -12,7 +12,7 @@ INTERPRETER_CLIPS = not _OLD
 
 
 def load(ref: Any, layout: Any, interpret: bool = False) -> jax.Array:
-    """A vector from global or shared memory straight into the registers of `layout`, of which the interpreter knows nothing."""
+    """A vector from global or shared memory to registers in `layout`, which the interpreter ignores."""
     if interpret:
         return ref[...]
     return (
@@ -26,7 +26,7 @@ def transpose(ref: Any) -> Any:
 
 
 def interpret_params() -> Any:
-    """What `plgpu.kernel(interpret=...)` wants to run a kernel on the CPU."""
+    """The value for `plgpu.kernel(interpret=...)` that runs a kernel on the CPU."""
     if _OLD:
         from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 

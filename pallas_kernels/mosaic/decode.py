@@ -26,7 +26,7 @@ def make_decoder(
 ) -> Callable[..., Any]:
     """`decoder(assignments_ref (lines, 32), codebook_ref) -> W tile (64, order.columns)` for one step of the main loop.
 
-    In interpret mode, where MLIR cannot be inlined, the same from `fragments.decode`.
+    In interpret mode, where MLIR cannot be inlined, `fragments.decode` gives the tile.
     """
     if interpret:
 

@@ -1,4 +1,4 @@
-"""Registers straight to global memory."""
+"""Stores from registers to global memory."""
 
 from typing import Any
 
@@ -9,8 +9,8 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 def direct_store(ref: Any, value: jax.Array, layout: Any, interpret: bool = False) -> None:
     """Writes `value`, which lies in registers in `layout`, to all of `ref` in global memory.
 
-    Without the two barriers of the warpgroup that Pallas puts around `ref[...] = value`: no other thread reads what is
-    written here. And also where a warp writes less than a sector of 32 bytes, which Pallas refuses from JAX 0.11 on.
+    It omits the two warpgroup barriers that Pallas puts around `ref[...] = value`, because no other thread reads these
+    values. It also works where a warp writes less than a sector of 32 bytes, which Pallas refuses from JAX 0.11 on.
     """
     if interpret:
         ref[...] = value

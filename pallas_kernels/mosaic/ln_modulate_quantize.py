@@ -41,7 +41,7 @@ def ln_modulate_quantize(
     eps: float = 1e-6,
     interpret: Any = None,
 ) -> tuple[Num[Array, "M D"], Float[Array, " M"]] | Float[Array, "M D"]:
-    """What `pallas_kernels.reference_norm.ln_modulate_quantize` defines, in one launch.
+    """`pallas_kernels.reference_norm.ln_modulate_quantize` in one launch.
 
     D is a multiple of 64 (up to 3072 no register spills), `tokens` at least 4, stride and offsets multiples of 8 (vector
     loads). `interpret`: parameters of Pallas' GPU interpreter.

@@ -1,8 +1,8 @@
-"""The frame that all matrix products share: tiles of Y^T = W X^T through a warp-specialized pipeline.
+"""The kernel that all matrix products share: tiles of Y^T = W X^T in a warp-specialized pipeline.
 
-One warpgroup asks the copy engine for the next stages of X and of the packed weights; the others multiply. W is the
+One warpgroup requests the copies of the next stages of X and of the packed weights; the others multiply. W is the
 first operand of `wgmma` (64 rows a warpgroup), which may lie in registers, so that decoded weights never touch memory;
-X (tokens, columns) is the second, from shared memory, as it lies. docs/kernels.md has a drawing.
+X (tokens, columns) is the second, from shared memory, in its own layout. docs/kernels.md has a drawing.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ from pallas_kernels.weights import ByteWeights, NibbleWeights, VQWeights, Weight
 _BY_ROW = plgpu.Layout.WGMMA.reduce(1)
 _BY_TOKEN = plgpu.Layout.WGMMA.reduce(0)
 _MEMORY_REGISTERS = 40
-"""Left to the warpgroup that only asks for copies; the others share what it gives up."""
+"""Registers of a thread in the warpgroup that only requests copies; the others share the rest."""
 
 
 class Source(Protocol):
@@ -37,22 +37,22 @@ class Source(Protocol):
 
     weights: Weights
     promotes: bool
-    """Whether `multiply` takes and gives float32 sums as arrays, and not the matrix unit's own accumulators."""
+    """Whether `multiply` takes and returns float32 sums as arrays, in place of the matrix unit's accumulators."""
 
     def operands(self) -> Sequence[jax.Array]:
         """Arrays in global memory, all layers."""
 
     def streams(self, tile: Tile) -> Sequence[plgpu.BlockSpec]:
-        """What a step of the main loop takes of each streamed operand (they come first), from this block's first row on."""
+        """Block shapes of the streamed operands (they come first) for a step of the main loop, from this block's first row on."""
 
     def at_rows(self, refs: Sequence[Any], layer: Any, block: Any, first_step: Any, tile: Tile) -> Sequence[Any]:
         """The streamed operands from this block's first row on."""
 
     def table(self) -> Any | None:
-        """Shared memory for what a block reads all the time, or None."""
+        """Shared memory for the table that a block reads in every step, or None."""
 
     def table_slice(self, refs: Sequence[Any], layer: Any, block: Any, tile: Tile) -> Any:
-        """What of the operands is copied there."""
+        """The part of the operands that is copied there."""
 
     def multiply(self, acc: Any, x: Any, streamed: Sequence[Any], row_tile: Any, table: Any, interpret: bool) -> Any:
         """acc (64, tokens) += W tile @ x^T; returns the accumulator. Nothing waits for the matrix unit yet."""
@@ -73,8 +73,8 @@ def product(
 ) -> Shaped[Array, "M O"]:
     """Y = epilogue(X W^T) of one layer of the stack. With tile.splits > 1 the epilogue is XLA's, after the sum of parts.
 
-    O must be a multiple of tile.rows. Any M: the copy engine fills the last block with zeros and cuts it off. Any I that the
-    weights were packed for, at the price of a copy of X where it is no multiple of 128 bytes.
+    O must be a multiple of tile.rows. M is any number: the copy engine fills the last block with zeros and stores only its
+    valid part. I is any number that the weights were packed for; X is copied where its rows are no multiple of 128 bytes.
     """
     tokens, columns = x.shape
     if columns != weights.columns or weights.steps % tile.splits or weights.rows % tile.rows:
@@ -98,7 +98,7 @@ def product(
 
 @dataclasses.dataclass(frozen=True)
 class _Block:
-    """A consumer warpgroup of one block inside the kernel: its part of Y, and what it reads and writes.
+    """A consumer warpgroup of one block inside the kernel: its part of Y, and its operands.
 
     `refs` are the operands, `out` and the scratch by name. `u` counts the warpgroup's own tiles of 64 rows.
     """
@@ -128,7 +128,7 @@ class _Block:
         return self.refs["result"].at[self.row_tile(u)]
 
     def fetch(self) -> None:
-        """Asks for the codebook, and for the residual into the place of the result."""
+        """Starts the copies of the codebook and of the residual; the residual goes where the result will be."""
         if "table" in self.refs:
 
             @pl.when(self.warpgroup == 0)
@@ -178,7 +178,7 @@ class _Block:
             store.store_transposed(y.astype(e.dtype), self.result(u), self.interpret, e.residual is not None)
 
     def write(self) -> None:
-        """What `finish` left in shared memory, to global memory."""
+        """Copies the results of `finish` from shared memory to global memory."""
         plgpu.commit_smem()
         for u in range(self.tile.row_tiles):
             rows = pl.ds(self.first_row(u), ROWS)
@@ -188,10 +188,10 @@ class _Block:
         plgpu.wait_smem_to_gmem(0)
 
     def compute(self, run_pipeline: Any) -> None:
-        """All that a consumer does; `run_pipeline` takes it through the main loop, from accumulators to accumulators."""
+        """The whole work of a consumer; `run_pipeline` runs the main loop, from accumulators to accumulators."""
         own = range(self.tile.row_tiles)
         self.fetch()
-        # Asked for before the main loop, so that nobody waits for them after it.
+        # These copies start before the main loop, so that they are complete after it.
         vectors = [self.row_vectors(u) for u in own]
         if "table" in self.refs:
             plgpu.barrier_wait(self.refs["table_ready"])
@@ -222,7 +222,7 @@ class _Block:
         table, multiply = self.refs.get("table"), self.source.multiply
         accs = tuple(multiply(acc, x, streamed, self.row_tile(u), table, self.interpret) for u, acc in enumerate(accs))
         if not self.interpret and not self.source.promotes:
-            # Zero, not one behind: the operands lie in registers, which the next step writes.
+            # No product may be outstanding: the operands lie in registers, which the next step overwrites.
             plgpu.wgmma_wait(0)
         return accs
 
@@ -232,7 +232,7 @@ def _operands(x: Any, source: Source, e: Epilogue, layer: Any, padded_tokens: in
     out = {f"weights{i}": a for i, a in enumerate(source.operands())} | {"x": x, "layer": layer}
     out |= {name: getattr(e, name).reshape(-1) for name in ("bias", "row_scale") if getattr(e, name) is not None}
     if e.token_scale is not None:
-        # Vectors are read without the copy engine, which alone knows where they end.
+        # Vectors are read without the copy engine, so their ends are not checked: they are padded.
         missing = max(0, padded_tokens - e.token_scale.shape[0])
         out["token_scale"] = jnp.pad(e.token_scale, (0, missing)) if missing else e.token_scale
     others = ("modulation", "residual", "out_scale")
@@ -241,7 +241,7 @@ def _operands(x: Any, source: Source, e: Epilogue, layer: Any, padded_tokens: in
 
 def _scratch(source: Source, e: Epilogue, tile: Tile) -> dict[str, Any]:
     """Shared memory and barriers of a block, by name."""
-    # Partial sums are written as they lie, rows of W first; a result is turned around on its way.
+    # Partial sums are written untransposed, rows of W first; results are transposed on the way.
     shape = (ROWS, tile.tokens) if tile.splits > 1 else (tile.tokens, ROWS)
     swizzle = () if jnp.dtype(e.dtype).itemsize == 1 else store.transforms(e.dtype)
     out = {"result": plgpu.SMEM((tile.warpgroups * tile.row_tiles, *shape), e.dtype, transforms=swizzle)}

@@ -1,4 +1,4 @@
-"""Values in the MLIR that the kernels inline where Pallas has no word for them."""
+"""Helpers for the MLIR that the kernels inline where Pallas lacks an operation."""
 
 from typing import Any
 

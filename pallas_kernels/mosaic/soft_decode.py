@@ -1,7 +1,7 @@
 """Soft reconstruction in one pass, for Hopper: W_hat_p = sum_n r[n, p] C[a[n, p]] for each sub-vector p.
 
 The codebook lies in shared memory; a lane reads the candidates and ratios of its sub-vector, loads their codewords and
-writes the sum. Nothing of shape (n, O, I) exists. The pass is bound by the memory that it has to read and write.
+writes the sum. No array of shape (n, O, I) is made. The time of the pass is that of its reads and writes.
 """
 
 import math
@@ -30,7 +30,7 @@ def soft_decode(
     dtype: Any = jnp.float32,
     interpret: Any = None,
 ) -> Float[Array, "*stack O I"]:
-    """What `pallas_kernels.soft_decode` defines, summed in float32 and written as `dtype` (float32 or bfloat16).
+    """`pallas_kernels.soft_decode`, summed in float32 and written as `dtype` (float32 or bfloat16).
 
     One launch for all layers of the stack (do not `vmap` it). Candidates may be uint8 or int32; K <= 256, d in {2, 4, 8},
     n <= 4. A group whose sub-vectors are no multiple of 512 is padded, which costs a copy. `interpret`: parameters of

@@ -31,12 +31,12 @@ _PACK = {
 
 
 def transforms(dtype: jax.typing.DTypeLike) -> tuple[Any, ...]:
-    """Of a tile whose rows are 128 bytes or more: the 128-byte swizzle, in which neither side has bank conflicts."""
+    """Layout of a tile whose rows are 128 bytes or more: the 128-byte swizzle, without bank conflicts on either side."""
     return plgpu.TilingTransform((8, 128 // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(128)
 
 
 def store_transposed(y: jax.Array, target: Any, interpret: bool, residual: bool) -> None:
-    """bfloat16 y (64, tokens) to target (tokens, 64); with `residual` it is added to what stands there."""
+    """bfloat16 y (64, tokens) to target (tokens, 64); with `residual` it is added to the target's values."""
     if interpret:
         target[...] = _sum(y.T, target[...]) if residual else y.T
         return
@@ -54,8 +54,8 @@ def _sum(y: jax.Array, residual: jax.Array) -> jax.Array:
 def store_bytes(y: jax.Array, target: Any, dtype: jax.typing.DTypeLike, interpret: bool) -> None:
     """float32 y (64, tokens) to 8-bit target (tokens, 64), rows in the order of `FragmentOrder.paired_rows`.
 
-    The matrix store transposes 16-bit elements. Rows q and q + 8, which one lane has, go as one such element; that W's
-    rows were paired when it was packed puts the bytes into their order.
+    The matrix store transposes 16-bit elements. Rows q and q + 8, which one lane has, are stored as one such element.
+    Their bytes come out in the order of Y because W's rows were paired when it was packed.
     """
     if interpret:
         natural = saturate(y, dtype).reshape(4, 2, 8, -1).transpose(0, 2, 1, 3).reshape(y.shape)

@@ -1,8 +1,8 @@
 """Sub-vectors in registers, one in each lane, and their codewords from a codebook in shared memory.
 
-A weight (O, I) is, read row after row, a list of sub-vectors of d numbers; so are its gradient, its candidates and its
-ratios. Kernels take the list in tiles. A warp loads 32 neighbouring sub-vectors with one instruction of up to 16 bytes a
-lane, and what belongs to one sub-vector meets in one lane.
+A weight (O, I), read row after row, is a list of sub-vectors of d numbers, and so is its gradient. Candidates and ratios are
+lists with an entry for each sub-vector. Kernels take the lists in tiles. A warp loads 32 neighbouring sub-vectors with one
+instruction of up to 16 bytes a lane. All values of one sub-vector are in one lane.
 """
 
 import math
@@ -27,13 +27,13 @@ STREAMING_MULTIPROCESSORS = 132
 
 
 def layout(length: int) -> Any:
-    """Of (TILE, d): a sub-vector in a lane. `layout(d).reduce(1)` is that of (TILE,), a number for each sub-vector."""
+    """Layout of (TILE, d), a sub-vector in each lane; `layout(d).reduce(1)` is that of (TILE,), a number for each."""
     tiling = plgpu.Tiling(((128, length), (32, length)))
     return plgpu.Layout.TILED(tiling, warp_dims=(-4,), lane_dims=(-2,), vector_dim=-1)
 
 
 def check(codebook_shape: tuple[int, ...], candidates_shape: tuple[int, ...]) -> None:
-    """ValueError for what the kernels do not take."""
+    """ValueError for shapes that the kernels do not take."""
     groups, codewords, length = codebook_shape[-3:]
     n, rows, _ = candidates_shape[-3:]
     if codewords > 256 or length not in (2, 4, 8) or not 1 <= n <= 4 or rows % groups:
@@ -48,13 +48,13 @@ def check(codebook_shape: tuple[int, ...], candidates_shape: tuple[int, ...]) ->
 
 
 def pad_axis(array: jax.Array, axis: int, multiple: int) -> jax.Array:
-    """Zeros behind `axis` up to a multiple; the array itself where it is one (all layers of a DiT, with K = 64 or 256)."""
+    """The array padded with zeros along `axis` to a multiple; unchanged where none is missing (as in all layers of a DiT)."""
     missing = -array.shape[axis] % multiple
     return jnp.pad(array, [(0, missing if i == axis else 0) for i in range(array.ndim)]) if missing else array
 
 
 def spread(per_subvector: jax.Array, length: int, interpret: bool) -> jax.Array:
-    """(TILE,) to (TILE, d)."""
+    """(TILE,) to (TILE, d): each sub-vector's number for all of its weights."""
     wide = lax.broadcast_in_dim(per_subvector, (TILE, length), (0,))
     return wide if interpret else plgpu.layout_cast(wide, layout(length))
 

@@ -5,7 +5,7 @@
   Lloyd       a_p = argmin_k |x_p - c_k|^2; c_k = mean of the x_p with a_p = k; and again, until the error
               mean_p |x_p - c_{a_p}|^2 falls by less than `tolerance` of itself
   empty       a codeword that no sub-vector uses moves to the sub-vector with the largest error, the next such
-              codeword to the largest that is then left: each was nobody's nearest, so the error cannot rise
+              codeword to the largest error that is then left; no sub-vector used them, so the error cannot rise
 
 Two backends run the same iteration from the same seeds: `kmeans_jax` (any device) and `kmeans_faiss` (CPU, with a
 sixth of the other's CPU time there).
@@ -29,9 +29,9 @@ MAX_CODEWORDS = 1 << 16
 # of the sub-vectors: with 64 a codeword the error after Lloyd is that of seeding on all of them (P = 110592, d = 4,
 # K = 256: 0.3811 and 0.3810, with a standard deviation of 0.0007 over keys), at the cost of one Lloyd iteration.
 _SEEDING_SAMPLES = 64
-# ... but at most this many in all, and never fewer than 4 a codeword: K = 65536 stays a matter of a minute.
+# ... but at most this many in all, and never fewer than 4 a codeword: K = 65536 takes about a minute.
 _MAX_SEEDING_SAMPLES = 1 << 18
-# Squares of larger numbers, summed over a sub-vector, leave float32.
+# Squares of larger numbers, summed over a sub-vector, overflow float32.
 _LARGEST = 1e18
 # Sub-vectors whose distances to their n candidates are held at once: 2^22 float32 differences are 16 MiB.
 _REFINED_AT_ONCE = 1 << 22
@@ -62,11 +62,11 @@ def kmeans(
 ) -> KMeans:
     """Clusters each of N sets of sub-vectors (N, P, d) into `num_codewords` codewords.
 
-    Problem i draws from fold_in(key, i) and is solved by itself: what else is in the batch changes no bit of it, and
-    neither does the number of threads. The same key gives the same bits.
+    Problem i draws from fold_in(key, i) and is solved by itself, so its bits do not depend on the rest of the batch or on
+    the number of threads. The same key gives the same bits.
 
-    max_iterations: at least 1. tolerance: smallest relative fall of the error worth another iteration; 0 runs on
-      while the error falls at all.
+    max_iterations: at least 1. tolerance: smallest relative fall of the error after which another iteration follows; 0: iterate
+      while the error falls.
     backend: "jax", "faiss", or "auto": faiss where it is installed and JAX has no accelerator.
 
     Raises InputError for sub-vectors that are not (N, P, d), empty, not finite or not below 1e18 in magnitude, and
@@ -97,8 +97,8 @@ def nearest_codewords(
 ) -> tuple[Int[np.ndarray, "P n"], Float[np.ndarray, "P n"]]:
     """The `n` codewords of `codebook` (K, d) nearest to each of `subvectors` (P, d): ids int32, squared distances.
 
-    Nearest first, equals in the order of their ids. Which n is decided on |c|^2 - 2 x.c in float32, to its rounding;
-    the distances and their order then on x - c. Raises InputError as `kmeans` does, and for n outside 1..K.
+    Nearest first, equals in the order of their ids. The n are chosen by |c|^2 - 2 x.c in float32, up to its rounding;
+    their distances and order are computed from x - c. Raises InputError as `kmeans` does, and for n outside 1..K.
 
     backend: as in `kmeans`, but "auto" is "jax" for n > 1, where faiss is slower (3 times at K = 256).
     """
@@ -128,18 +128,17 @@ def nearest_codewords(
 
 def seeds(points: Float[np.ndarray, "P d"], num_codewords: int, key: PRNGKeyArray) -> Float[np.ndarray, "K d"]:
     """K-means++ seeds. Where fewer than K sub-vectors differ, all distinct ones are there and the rest repeat."""
-    sample_key, draw_key = jax.random.split(key)
     most = max(min(_SEEDING_SAMPLES * num_codewords, _MAX_SEEDING_SAMPLES), 4 * num_codewords)
     if len(points) > most:
-        points = points[np.asarray(jax.random.randint(sample_key, (most,), 0, len(points)))]
-    chosen = _draw_seeds(tuple(jnp.asarray(column) for column in points.T), draw_key, num_codewords)
+        points = points[np.asarray(jax.random.randint(jax.random.split(key)[0], (most,), 0, len(points)))]
+    chosen = _draw_seeds(tuple(np.ascontiguousarray(points.T)), key, num_codewords)
     return points[np.asarray(chosen)]
 
 
 @functools.partial(jax.jit, static_argnames="num_codewords")
 def _draw_seeds(columns: tuple[Float[Array, " M"], ...], key: PRNGKeyArray, num_codewords: int) -> Int[Array, " K"]:
     """Indices of the seeds. One array a dimension: XLA:CPU does not vectorise a sum over a short last axis."""
-    first_key, key = jax.random.split(key)
+    first_key, key = jax.random.split(jax.random.split(key)[1])
     uniform = jax.random.uniform(key, (num_codewords,))
 
     def squared_to(index: Int[Array, ""]) -> Float[Array, " M"]:
@@ -178,10 +177,10 @@ def _first(hit: Bool[Array, " M"], weights: Float[Array, " M"]) -> Int[Array, ""
 def _unit_frame(
     vectors: Float[np.ndarray, "P d"],
 ) -> tuple[Float[np.ndarray, "P d"], Float[np.ndarray, " d"], np.float32]:
-    """(vectors / scale - centre, centre, scale), where distances by |c|^2 - 2 x.c neither overflow nor cancel.
+    """(vectors / scale - centre, centre, scale), so that distances by |c|^2 - 2 x.c neither overflow nor cancel.
 
     Both steps are exact. scale is a power of two that brings magnitudes to 1 at most. A dimension is centred only
-    where all its values lie within half its mean of the mean: far from the origin, where cancellation would hurt,
+    where all its values lie within half its mean of the mean: far from the origin, where cancellation would be large,
     and where a float32 subtraction does not round (Sterbenz's lemma).
     """
     scale = np.ldexp(np.float32(1), np.frexp(np.abs(vectors).max())[1])
@@ -202,7 +201,7 @@ def _checked(name: str, values: jax.typing.ArrayLike, axes: tuple[str, ...]) -> 
         place = ", ".join(map(str, where))
         raise InputError(
             f"{name}[{place}] is {values[where]}: wanted finite numbers below {_LARGEST:g} in magnitude;"
-            " mend the weights it comes from"
+            " correct the weights it comes from"
         )
     return values
 

@@ -17,10 +17,10 @@ _MOST_AT_ONCE = 16
 
 
 def each(solve: Callable[[int, Any], Any], problems: Iterable[Any]) -> list[Any]:
-    """[solve(i, problem i), ...], as many at once as faiss has threads; what threads are left over share a problem.
+    """[solve(i, problem i), ...], as many at once as faiss has threads; threads without a problem share one.
 
-    Threads that each solve their own problem never wait for each other, as those of one problem do after every
-    iteration: on a machine that has other work as well that waiting took two thirds of the time.
+    Threads with a problem each never wait for each other; threads that share a problem wait after every iteration. On a machine
+    with other work that waiting took two thirds of the time.
     """
     import faiss
 
@@ -83,7 +83,7 @@ def nearest(points: Float[np.ndarray, "P d"], codebook: Float[np.ndarray, "K d"]
 
 @contextlib.contextmanager
 def _fused_kernel(faiss) -> Iterator[None]:
-    """faiss keeps its vectorised kernel for P*d above a threshold; it is ten times faster below it, too."""
+    """faiss uses its vectorised kernel for P*d above a threshold alone; below it, too, that kernel is ten times faster."""
     threshold = faiss.cvar.distance_compute_blas_threshold
     faiss.cvar.distance_compute_blas_threshold = 0
     try:

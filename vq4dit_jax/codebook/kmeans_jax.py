@@ -1,7 +1,7 @@
-"""Lloyd's iteration in JAX: on any device, in memory that does not grow with the number of sub-vectors times K.
+"""Lloyd's iteration in JAX: on any device, in memory that does not grow with (number of sub-vectors) x K.
 
-Sub-vectors go by in tiles of T. A tile's distances are a (K, T) matrix product, and so is its part of the cluster
-sums: one-hot (K, T) times the sub-vectors (T, d), because scatter-adds to few codewords would queue for the same
+Sub-vectors are processed in tiles of T. A tile's distances are a (K, T) matrix product. So is its part of the cluster
+sums, one-hot (K, T) times the sub-vectors (T, d), because scatter-adds to few codewords would wait for the same
 addresses. The float32 error of a sum of tiles is that of a blocked sum.
 """
 
@@ -24,7 +24,7 @@ _TILE_ELEMENTS_ACCELERATOR = 1 << 24
 
 
 class _Clusters(NamedTuple):
-    """A codebook, and what assigning all sub-vectors to it gave; `sums` has the counts in its last column."""
+    """A codebook and the result of assigning all sub-vectors to it; `sums` has the counts in its last column."""
 
     codebook: Float[Array, "K d"]
     sums: Float[Array, "K d1"]

@@ -4,9 +4,9 @@ A Linear's mean squared output error under inputs with second moments H = E[x x^
 
     e(C, A) = tr((W - C[A]) H (W - C[A])^T)
 
-k-means minimises it for H = I. Three steps do so for any H, none of them of more than a few matrix products:
+k-means minimises it for H = I. Three steps, each of a few matrix products, minimise it for any H:
 
-  feedback       A, from left to right, what is lost in one sub-vector being made up for in those to its right: GPTQ's
+  feedback       A, from left to right; the error of a sub-vector is compensated in those to its right: GPTQ's
                  rule with a codebook for a quantizer (Frantar et al. 2023, arXiv 2210.17323; van Baalen et al. 2024,
                  GPTVQ, arXiv 2402.15319, algorithm 1). With H^-1 = U^T U, U upper triangular and b the columns of a
                  sub-vector: a = argmin_k |(w_b - c_k) U_bb^-1|^2, and w_right <- w_right - (w_b - c_a) U_bb^-1 U_b,right
@@ -16,7 +16,7 @@ k-means minimises it for H = I. Three steps do so for any H, none of them of mor
 
 `descend` and `fit_codebook` never raise e. With H = I they are the two halves of Lloyd's iteration.
 
-`solve` computes in full float32: in TF32, which XLA takes on NVIDIA GPUs where nothing is said, H^-1 loses its small directions.
+`solve` computes in full float32: in TF32, XLA's default on NVIDIA GPUs, H^-1 loses its small directions.
 """
 
 from typing import Any
@@ -30,8 +30,8 @@ from pallas_kernels.soft_weights import soft_weights
 from vq4dit_jax.codebook.first_smallest import first_smallest
 
 DAMPING = 1e-3
-"""Added to the diagonal of H, in units of its mean: directions that no input had do not go to waste entirely, and H can be
-inverted. (Ten times more or less changes e by less than a hundredth on the built-in model.)"""
+"""Added to the diagonal of H, in units of its mean: it gives directions without inputs a small weight and makes H
+invertible. (Ten times more or less changes e by less than a hundredth on the built-in model.)"""
 FEEDBACKS, ROUNDS, _SWEEPS, _CG_STEPS = 2, 5, 2, 15
 
 Weight = Float[Array, "O I"]
@@ -42,7 +42,7 @@ Integer = int | Int[Array, ""]
 
 
 def condition(moments: Moments) -> Moments:
-    """H with a mean of 1 on its diagonal, and `DAMPING` more: what the functions below are given."""
+    """H with a mean of 1 on its diagonal, and `DAMPING` more; the functions below take it in this form."""
     width = len(moments)
     return moments * (width / jnp.trace(moments)) + DAMPING * jnp.eye(width)
 
@@ -53,7 +53,7 @@ def decode(codebook: Codebook, codes: Codes) -> Weight:
 
 
 def error(weight: Weight, moments: Moments, codebook: Codebook, codes: Codes) -> Float[Array, ""]:
-    """e(C, A) / e of no weight at all: the relative squared error of the outputs."""
+    """e(C, A) / e(0): the relative squared error of the outputs."""
     lost = weight - decode(codebook, codes)
     return ((lost @ moments) * lost).sum() / ((weight @ moments) * weight).sum()
 
@@ -62,7 +62,7 @@ def feedback(weight: Weight, moments: Moments, codebook: Codebook) -> Codes:
     """Assignments from left to right with error feedback (GPTVQ)."""
     groups, _, d = codebook.shape
     width = weight.shape[1]
-    # The Cholesky factor from the other end: H = R R^T with R upper triangular, hence U = R^-1, and U_bb^-1 = R_bb.
+    # The Cholesky factor in reverse order: H = R R^T with R upper triangular, hence U = R^-1, and U_bb^-1 = R_bb.
     root = jnp.linalg.cholesky(moments[::-1, ::-1])[::-1, ::-1]
     upper = jax.scipy.linalg.solve_triangular(root, jnp.eye(width), lower=False)
 
@@ -103,7 +103,7 @@ def fit_codebook(
 ) -> Codebook:
     """The codebook after `steps` of conjugate gradients on e from the given one, each group on its own.
 
-    Preconditioned with how often a codeword is used; one that no sub-vector uses stays as it is.
+    Preconditioned with the number of uses of each codeword; an unused codeword does not change.
     """
     _, gather = jax.vjp(lambda c: decode(c, codes), codebook)
     adjoint = lambda dense: gather(dense @ moments)[0]

@@ -66,7 +66,7 @@ def flow_schedule(num_steps: int, data_time: int = 1) -> FlowSchedule:
         raise InputError(f"num_steps={num_steps}: wanted at least 1")
     level, after = np.arange(1, num_steps + 1) / num_steps, np.arange(num_steps) / num_steps
     time = (lambda s: 1 - s) if data_time == 1 else (lambda s: s)
-    as_f32 = lambda a: jnp.asarray(a, jnp.float32)
+    as_f32 = lambda a: jax.device_put(np.asarray(a, np.float32))
     return FlowSchedule(
         as_f32(time(level)), as_f32(time(after)), as_f32(level), as_f32(after), sign=-1 if data_time == 1 else 1
     )

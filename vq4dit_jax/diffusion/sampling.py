@@ -4,7 +4,6 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, UInt8
@@ -90,7 +89,7 @@ def sample_network(
         put(params),
         problem,
         put(sched),
-        jnp.float32(cfg_scale),
+        np.float32(cfg_scale),
         initial,
         hoist=hoist,
         every_step=every_step,

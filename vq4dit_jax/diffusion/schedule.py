@@ -98,9 +98,10 @@ def make_schedule(
     variance = beta * (1 - previous) / (1 - alpha_bar)
     # The last step's posterior variance is 0; its logarithm is clipped to its neighbour's.
     clipped = np.append(variance[1], variance[1:]) if num_steps > 1 else beta
-    as_f32 = lambda a: jnp.asarray(a, jnp.float32)
+    # Not `jnp.asarray`, which compiles a program for every length.
+    as_f32 = lambda a: jax.device_put(np.asarray(a, np.float32))
     return Schedule(
-        timesteps=jnp.asarray(timesteps),
+        timesteps=jax.device_put(timesteps),
         sqrt_alpha_bar=as_f32(np.sqrt(alpha_bar)),
         sqrt_one_minus_alpha_bar=as_f32(np.sqrt(1 - alpha_bar)),
         alpha_bar=as_f32(alpha_bar),

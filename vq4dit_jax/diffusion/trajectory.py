@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray, Shaped
 
 from vq4dit_jax.diffusion.keys import INITIAL, STEPS, noise
@@ -214,4 +215,4 @@ def observed(
     sampler = sampler_for(network.process)
     sched = network.process.schedule(num_steps)
     how = dict(observe=observe, reduce=reduce, blocks=blocks)
-    return _observed(network, sampler, sched, params, problem, jnp.float32(scale), given, **how)
+    return _observed(network, sampler, sched, params, problem, np.float32(scale), given, **how)

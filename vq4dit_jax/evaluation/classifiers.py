@@ -1,4 +1,4 @@
-"""Feature networks by name. A new one is a `Classifier` and an entry in `_LOADERS`; nothing else knows which it is."""
+"""Feature networks by name. To add one, write a `Classifier` and an entry in `_LOADERS`."""
 
 import collections
 import concurrent.futures
@@ -32,11 +32,11 @@ class Classifier:
     """A feature network; called with uint8 images (N, H, W, 3) it gives its outputs, as `extract_features` does.
 
     Attributes:
-      name: which network, and up to where; reference statistics carry it too, and must match.
+      name: the network and its last layer; reference statistics store it too, and must match.
       apply: uint8 images (B, H, W, 3) -> dict of float32 arrays (B, D), a pure function that may be jitted. It has
         `features` and "spatial" among its keys, and "logits" where the network has them.
       title: the network's name for people, as reports print it.
-      features: which output the Frechet distance, precision and recall are computed on.
+      features: the output that the Frechet distance, precision and recall are computed on.
       checksum: SHA-256 (hexadecimal) of the weights, the same from whatever file they were read; "" if unknown.
       batch_size: B that `apply` is fastest at.
     """
@@ -109,9 +109,9 @@ def iterate_features(
 ) -> Iterator[dict[str, Float[np.ndarray, "n _"]]]:
     """Outputs of the classifier for a stream of images, in their order, n <= `batch_size` images at a time.
 
-    The stream is cut anew into batches of `batch_size`, the last one filled up with black, so the network compiles once,
-    and an image meets the same program whatever the given batches were. Some batches are computed at a time, while the
-    next ones are read.
+    The stream is cut anew into batches of `batch_size`, the last one filled up with black. The network therefore compiles once,
+    and an image's features do not depend on the given batches. Several batches are computed at a time, while the next ones
+    are read.
 
     Args:
       batches: uint8 (any number, H, W, 3), all of one height and width; anything else is an InputError.
@@ -136,8 +136,8 @@ def iterate_features(
 
 
 def _batches_at_a_time() -> int:
-    """Two hide the reading of the next one. XLA's CPU backend runs many operations on one core, so there each core has a
-    batch of its own: on two, 12 images/s of Inception instead of 8 (`benchmarks/inception_speed.py`)."""
+    """Number of batches at a time. Two hide the reading of the next one. XLA's CPU backend runs many operations on one core, so
+    there each core has its own batch: on two, 12 images/s of Inception instead of 8 (`benchmarks/inception_speed.py`)."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(max(2, cores), 8) if jax.default_backend() == "cpu" else 2
 
@@ -163,7 +163,7 @@ def extract_features(
 
 
 def _rebatch(batches: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
-    """The same images, `size` at a time, the last time perhaps fewer."""
+    """The same images in batches of `size`; the last may have fewer."""
     waiting: list[np.ndarray] = []
     count = 0
     for batch in batches:

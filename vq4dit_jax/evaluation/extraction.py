@@ -1,4 +1,4 @@
-"""One pass over images: what the metrics need of their features, in bounded memory."""
+"""One pass over images that computes the statistics of their features for the metrics, in bounded memory."""
 
 import dataclasses
 from typing import Any
@@ -15,16 +15,16 @@ from vq4dit_jax.evaluation.tfgan import StreamingInceptionScore
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Extracted:
-    """What a pass over N images has found.
+    """The results of a pass over N images.
 
     Attributes:
       moments, spatial: of the classifier's features (N, D) and its spatial features (N, E).
-      kept: float32 (M, D), the features of the images that were to be kept.
+      kept: float32 (M, D), the features of the images in `keep`.
       inception_score: None where it was not asked for, or the network has no logits.
-      has_logits: whether it has.
+      has_logits: whether the network has logits.
       width, spatial_width: D and E.
-      finite: whether all features and logits are finite numbers. Where they are not, the pass has ended at once and
-        nothing else holds.
+      finite: whether all features and logits are finite numbers. If not, the pass ended at once and
+        the other fields mean nothing.
     """
 
     moments: StreamingMoments
@@ -48,7 +48,7 @@ def extract(
     """Runs the feature network once over all images.
 
     Args:
-      keep: of which images the features are kept, in their order.
+      keep: indices of the images whose features are kept, in their order.
       score: whether to compute the Inception score, which needs the extra `tfgan`.
       batch_size: images that are read and computed at once; the classifier's own if not given.
     """

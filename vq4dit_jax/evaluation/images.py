@@ -14,7 +14,7 @@ from vq4dit_jax.errors import InputError
 from vq4dit_jax.evaluation import npz
 
 FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".webp": "WebP", ".bmp": "BMP"}
-# The name that numpy gives to the first unnamed array; ADM's files and everybody's after them have their images there.
+# The name that numpy gives to the first unnamed array; ADM's files and those made like them have their images there.
 ARRAY = "arr_0"
 
 
@@ -24,9 +24,9 @@ class ImageSet:
 
     Attributes:
       shape: (N, H, W, 3), N >= 1.
-      batches: batches(n) yields them in their order as uint8 (n, H, W, 3), the last time fewer than n. What cannot be
-        read is an InputError then.
-      description: what they are, for people: "10,000 test images (JPEG)".
+      batches: batches(n) yields them in their order as uint8 (n, H, W, 3), the last batch with fewer than n. An image that
+        cannot be read raises an InputError then.
+      description: for people: "10,000 test images (JPEG)".
       path: the file or folder; None for an array.
     """
 

@@ -1,4 +1,4 @@
-"""Figures of one set of images against one reference; what cannot be computed has a reason instead."""
+"""Figures of one set of images against one reference; a figure that cannot be computed has a reason instead."""
 
 import dataclasses
 import math
@@ -17,7 +17,7 @@ from vq4dit_jax.evaluation.images import ImageSet, open_images
 from vq4dit_jax.evaluation.precision_recall import NEIGHBOURS, precision_and_recall
 from vq4dit_jax.evaluation.statistics import ReferenceStatistics
 
-# Equal images have an infinite PSNR, which strict JSON cannot say; one value stands for all above it.
+# Equal images have an infinite PSNR, which strict JSON cannot hold; one value stands for all above it.
 PSNR_CAP_DB = 99.0
 _READ_AT_ONCE = 100
 FIGURES = ("fd", "sfd", "is", "kd", "precision", "recall")
@@ -158,13 +158,13 @@ def evaluate(
       images: uint8 (N, H, W, 3), N >= 1; or a file or folder of them, as in `open_images`, which is then not held in memory.
       classifier: the feature network; None where there is none, and then only the PSNR is computed.
       reference: of the real images, made with the same classifier; InputError otherwise.
-      full_precision_images: what the full-precision model made of the same seeds and labels, as `images`.
+      full_precision_images: the full-precision model's images of the same seeds and labels, in the form of `images`.
 
     Returns: dict with the keys
       fd, sfd, is, precision, recall: see `Measurement`; `evaluate_with_reasons` and the log say why one is None.
       psnr_to_fp_db: median over the images of their PSNR to the full-precision ones, dB, at most 99.
       num_images: N.
-      features: which network, layer and real images these figures belong to. They compare with no other's.
+      features: the network, layer and real images that these figures belong to. Figures of others do not compare.
     """
     return evaluate_with_reasons(images, classifier, reference, full_precision_images)[0]
 
@@ -175,7 +175,7 @@ def evaluate_with_reasons(
     reference: ReferenceStatistics | None,
     full_precision_images: np.ndarray | str | os.PathLike | None = None,
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """(what `evaluate` returns, the reasons of its figures that are None, by their names)."""
+    """(the result of `evaluate`, the reasons of its figures that are None, by their names)."""
     found = open_images(images)
     figures: dict[str, Any] = dict.fromkeys(("fd", "sfd", "is", "precision", "recall", "psnr_to_fp_db"))
     described, reasons = "none", {}

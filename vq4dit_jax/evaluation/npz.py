@@ -1,7 +1,7 @@
 """`.npz` files: read from anybody, only the arrays that are wanted or one array some rows at a time, and written in parts.
 
-No pickles are loaded. Nothing is allocated for what a header merely claims: a member has to be as long as its header says,
-and what is held at once may be no more than `_MAX_INFLATED` times what the file has of it.
+No pickles are loaded. A header alone allocates nothing: a member has to be as long as its header says, and may inflate in memory
+to at most `_MAX_INFLATED` times its size in the file.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from jaxtyping import Shaped
 from vq4dit_jax import files
 from vq4dit_jax.errors import InputError
 
-# What zipfile, zlib and numpy raise on files that are damaged, encrypted, or something else.
+# Exceptions of zipfile, zlib and numpy for files that are damaged, encrypted, or of another kind.
 _UNREADABLE = (
     OSError,
     ValueError,
@@ -34,7 +34,7 @@ _UNREADABLE = (
 
 
 _SMALL, _MAX_INFLATED = 1 << 26, 64
-"""Bytes that are always allowed, and how far beyond that a member may inflate. Deflate reaches 1000 (zeros); real arrays, 10."""
+"""Bytes that are always allowed, and the most that a larger member may inflate. Deflate reaches 1000 (zeros); real arrays, 10."""
 
 
 @contextlib.contextmanager
@@ -102,7 +102,7 @@ class StoredArray:
 
 
 def stored_array(path: str | os.PathLike, name: str) -> StoredArray:
-    """The array `name` of a compressed or uncompressed `.npz`; memory is that of the rows that are read at once.
+    """The array `name` of a compressed or uncompressed `.npz`; memory: the rows that are read at once.
 
     InputError where it is missing, holds Python objects, is in Fortran's order, or is shorter than its header says.
     """

@@ -14,14 +14,14 @@ from jaxtyping import Bool, Float, Float64
 NEIGHBOURS = 3
 # Vectors of each side of a block of distances: 128 MiB of them.
 _BLOCK = 4096
-# Squared distances come from a^2 - 2ab + b^2; relative to a^2, rounding is far below this, and features far above.
+# Squared distances are computed as a^2 - 2ab + b^2; relative to a^2, rounding errors are far below this and distances far above.
 _ROUNDING = 1e-12
 
 
 def precision_and_recall(
     real: Float[np.ndarray, "M D"], generated: Float[np.ndarray, "N D"], neighbours: int = NEIGHBOURS
 ) -> tuple[float, float]:
-    """(precision, recall) of two sets of more than `neighbours` feature vectors each. A ball has its surface.
+    """(precision, recall) of two sets of more than `neighbours` feature vectors each. A ball includes its surface.
 
     Beside the features in their own dtype, memory is that of some blocks of 4096 vectors and their distances.
     2 D (M^2 + N^2 + 2 M N) operations.
@@ -53,7 +53,7 @@ def _inside(
     squared_radii: Float64[np.ndarray, " N"],
     centre: Float64[np.ndarray, "1 D"],
 ) -> Bool[np.ndarray, " P"]:
-    """Which of the points lie in at least one of the balls."""
+    """Whether each point lies in at least one of the balls."""
     slack = _ROUNDING * max(np.square(part).sum(axis=1).max() for part in _blocks(centres, centre))
     found = []
     for rows in _blocks(points, centre):

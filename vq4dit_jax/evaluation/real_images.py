@@ -1,4 +1,4 @@
-"""`ReferenceStatistics` from whatever people have of their real images: the images, or moments that somebody published."""
+"""`ReferenceStatistics` of real images, from the images or from published moments."""
 
 import dataclasses
 import os
@@ -15,9 +15,9 @@ from vq4dit_jax.evaluation.metrics import check_same_network
 from vq4dit_jax.evaluation.statistics import ReferenceStatistics, is_reference, load_reference
 from vq4dit_jax.evaluation.streaming import Moments
 
-# As many as ADM's reference files have for precision and recall.
+# The number of images in ADM's reference files for precision and recall.
 KEPT_FEATURES = 10_000
-# Files of moments do not say which network they are of. Those that people have are of Inception, and their width tells the
+# Files of moments do not name their network. The published ones are of Inception, and their width tells the
 # layer: 2048 and 768 features, and the spatial features of sFID.
 _INCEPTION_WIDTHS = {"pool_3": 2048, "mixed_7": 768}
 _SPATIAL_WIDTH = 2023
@@ -35,11 +35,11 @@ def open_reference(
         ADM's `.npz`: `mu`, `sigma`, `mu_s`, `sigma_s` of Inception's pool_3 and spatial features, and often `arr_0`, of which
         come the features for precision, recall and the kernel distance;
         pytorch-fid's `.npz`: `mu`, `sigma`.
-      source: what the images are, for people; by default the path tells.
+      source: a description of the images for people; by default from the path.
 
-    Moments are used only where they can be of the same features: the network is Inception and the widths agree. What a
-    file does not give is computed from its `arr_0`; without one it is None, with the reason in `missing`. InputError where
-    nothing is left, or the path is none of these.
+    Moments are used only where they can be of the same features: the network is Inception and the widths agree. Parts that
+    a file lacks are computed from its `arr_0`; without one they are None, with the reason in `missing`. InputError where
+    nothing can be used, or the path is none of these.
     """
     if os.path.isdir(path):
         return compute_reference(open_images(path), classifier, source, batch_size)

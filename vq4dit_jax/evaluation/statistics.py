@@ -1,4 +1,4 @@
-"""What has to be known of a set of real images, under one feature network: `ReferenceStatistics`, in one `.npz` file."""
+"""`ReferenceStatistics`: the statistics of a set of real images under one feature network, in one `.npz` file."""
 
 import dataclasses
 import hashlib
@@ -26,7 +26,7 @@ def moments(features: Float[np.ndarray, "N D"]) -> Moments:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ReferenceStatistics:
-    """What the metrics need of the real images. A part that is not known is None, and `missing` says why.
+    """The statistics of real images for the metrics. A part that is not known is None, and `missing` says why.
 
     Attributes:
       mu, sigma: moments of the features, float64 (D,), (D, D).
@@ -34,8 +34,8 @@ class ReferenceStatistics:
       features: (M, D) of M of the images, for precision, recall and the kernel distance; float16, or float32 where
         float16 would overflow.
       classifier: name of the feature network, as in `load_classifier`.
-      source: what the images are, for people: "10,000 test images (JPEG)".
-      count: number of images that mu and sigma were made of; None where a file with moments alone does not tell.
+      source: a description of the images for people: "10,000 test images (JPEG)".
+      count: number of images behind mu and sigma; None where a file with moments alone does not say it.
       weights: checksum of the network's weights; "" where it is not known.
       missing: reasons, by the name of the part: "features", "mu" or "mu_s". Not kept in files.
     """
@@ -61,7 +61,7 @@ class ReferenceStatistics:
 
     @property
     def checksum(self) -> str:
-        """SHA-256 (hexadecimal) of all that a file of these statistics holds."""
+        """SHA-256 (hexadecimal) of the contents of a file of these statistics."""
         return _checksum(_to_arrays(self))
 
 

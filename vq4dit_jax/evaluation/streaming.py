@@ -7,8 +7,8 @@ computed from all of its rows at once, in float64; then chunks are merged in pai
 
     n = n_a + n_b    delta = mu_b - mu_a    mu = mu_a + n_b / n delta    S = S_a + S_b + n_a n_b / n delta delta^T
 
-A state holds the largest complete subtrees of its range of rows, and as they are the rows of a chunk that it has only a
-part of. Which those are depends on the range alone, so any batches, shards or processes lead to the same state.
+A state holds the largest complete subtrees of its range of rows, and unmerged the rows of incomplete chunks. Both depend on
+the range alone, so any batches, shards or processes lead to the same state.
 """
 
 import dataclasses
@@ -50,7 +50,7 @@ class _Tree(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class StreamingMoments:
-    """What is known of the rows `first` ... `first + count - 1` of a stream; `StreamingMoments(a)` starts at row a.
+    """The moments of the rows `first` ... `first + count - 1` of a stream; `StreamingMoments(a)` starts at row a.
 
     States are values: `update` and `merge` return new ones. D being the width and N the number of rows, a state holds at
     most 2 log2(N / 1024) matrices (D, D) and 2046 rows.
@@ -64,7 +64,7 @@ class StreamingMoments:
         """With the next n >= 0 rows of the stream, finite numbers."""
         begin = self.first + self.count
         borders = [begin, *range((begin // CHUNK + 1) * CHUNK, begin + len(rows), CHUNK), begin + len(rows)]
-        # Copies, lest the caller change them, or a few rows keep a large array alive.
+        # Copies, because the caller may change them, and a few rows would keep a large array in memory.
         parts = [_Rows(a, np.array(rows[a - begin : b - begin])) for a, b in zip(borders, borders[1:]) if a < b]
         return StreamingMoments(self.first, self.count + len(rows), _reduce([*self.pieces, *parts]))
 

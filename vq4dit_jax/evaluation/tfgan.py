@@ -1,7 +1,7 @@
-"""TF-GAN's metrics, on a TensorFlow that TF-GAN's own `__init__` no longer runs on.
+"""TF-GAN's metrics on versions of TensorFlow with which `import tensorflow_gan` fails.
 
-`import tensorflow_gan` (2.1.0, the last release) fails since TensorFlow 2.16, where `tf.estimator` went. Its metrics
-do not need the parts that fail: with empty modules standing for the two packages above, `tensorflow_gan.python.eval`
+`import tensorflow_gan` (2.1.0, the last release) fails since TensorFlow 2.16, which removed `tf.estimator`. Its metrics
+do not need the parts that fail: with empty modules in place of the two packages above, `tensorflow_gan.python.eval`
 imports and runs unchanged.
 """
 
@@ -43,7 +43,7 @@ def frechet_distance(features: Float[np.ndarray, "N D"] | Moments, other: Float[
         if not isinstance(features, Moments) and not isinstance(other, Moments):
             sides = np.asarray(features, np.float64), np.asarray(other, np.float64)
             return float(metrics.frechet_classifier_distance_from_activations(*sides).numpy())
-        # TF-GAN's function takes features on both sides; this is what it does once it has their moments.
+        # TF-GAN's function takes features on both sides; this is its computation from their moments.
         a, b = (side if isinstance(side, Moments) else moments(side) for side in (features, other))
         trace = np.trace(a.sigma + b.sigma) - 2.0 * metrics.trace_sqrt_product(a.sigma, b.sigma).numpy()
         return float(trace + np.square(a.mu - b.mu).sum())
@@ -76,9 +76,9 @@ def inception_score(logits: Float[np.ndarray, "N classes"]) -> float:
 
 
 class StreamingInceptionScore:
-    """Mean of `inception_score` over consecutive splits of 5,000 images, the last one with what is left.
+    """Mean of `inception_score` over consecutive splits of 5,000 images, the last one with the rest.
 
-    That is what ADM's evaluator computes, and with it the figures of ADM, DiT and those who compare with them. Up to
+    ADM's evaluator computes the same, so the published figures of ADM, DiT and their followers are of this kind. Up to
     5,000 images it is the score of all at once. No more than a split's logits are held.
     """
 
@@ -112,7 +112,7 @@ def classifier_fn(classifier: Classifier, output: str) -> Callable[[Any], Any]:
 
 @functools.cache
 def classifier_metrics() -> types.ModuleType:
-    """`tensorflow_gan.python.eval.classifier_metrics`, as it is. Takes some seconds the first time.
+    """`tensorflow_gan.python.eval.classifier_metrics`, unchanged. Takes some seconds the first time.
 
     MissingExtraError where it is not installed.
     """
@@ -147,7 +147,7 @@ def _register_empty_packages() -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without TensorFlow's advice on how TF-GAN should be written today."""
+    """Suppresses TensorFlow's deprecation warnings about TF-GAN."""
     logger = logging.getLogger("tensorflow")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -160,7 +160,7 @@ def _quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _stderr_only_on_failure() -> Iterator[None]:
-    """Keeps back what is written to stderr, and writes it only if an exception passes.
+    """Holds output to stderr back, and writes it only if an exception is raised.
 
     TensorFlow's C++ reports missing CUDA drivers there while it is imported, before it has read TF_CPP_MIN_LOG_LEVEL.
     """

@@ -1,4 +1,4 @@
-"""GPTQ (Frantar et al. 2023, arXiv 2210.17323): columns are rounded one after the other, the rest makes up for the error.
+"""GPTQ (Frantar et al. 2023, arXiv 2210.17323): columns are rounded in turn, and the others compensate the error.
 
 For tr((W - Q) H (W - Q)^T), H the second moments of the inputs, and U upper triangular with H^-1 = U^T U (algorithm 1):
 
@@ -8,9 +8,9 @@ For tr((W - Q) H (W - Q)^T), H the second moments of the inputs, and U upper tri
 
 With H dampened by a share of its mean diagonal, the error of a row is then sum_j e_j^2. The columns go by in the order of
 falling H_jj (act-order) and in blocks; the later blocks get all of a block's updates in one product. Grids are those of W
-before any update (static groups), which is what makes them independent of the order.
+before any update (static groups), so they do not depend on the order.
 
-Rows do not depend on each other, so each takes, of several clipped grids, the one with the least error of its own.
+Rows do not depend on each other, so each takes, of several clipped grids, the one with the smallest error for it.
 """
 
 import functools
@@ -51,7 +51,7 @@ def round_columns(
     rows, columns = weight.shape
     block = min(block, columns)
     missing = -columns % block
-    # Columns first, because they are what is read and written; the last block is filled up with columns of zeros.
+    # Columns lead, because they are read and written one by one; the last block is filled up with columns of zeros.
     pad = lambda a: jnp.pad(a.T, ((0, missing), (0, 0)))
     u = jnp.pad(factor, ((0, missing), (0, missing))) + jnp.diag(
         (jnp.arange(columns + missing) >= columns).astype(jnp.float32)
@@ -73,7 +73,7 @@ def round_columns(
 
         empty = jnp.zeros((block, rows))
         _, q, e = jax.lax.fori_loop(0, block, next_column, (cut(rest), empty, empty))
-        # Earlier columns of `across` are 0, this block's are done with: what is left in them is not read again.
+        # Earlier columns of `across` are 0, and those of this block are not read again.
         rest = rest - jnp.matmul(across.T, e, precision=jax.lax.Precision.HIGHEST)
         rounded = jax.lax.dynamic_update_slice_in_dim(rounded, q, start * block, 0)
         return rest, rounded, total + jnp.square(e).sum(0)

@@ -1,4 +1,4 @@
-"""Uniform scalar quantization, round to nearest: what GPTQ starts from, and what every other method must beat.
+"""Uniform scalar quantization, round to nearest: the grids of GPTQ, and the simplest baseline.
 
     w ~ s (q - z),  q = clip(round(w / s + z), 0, 2^b - 1)
 
@@ -42,7 +42,7 @@ def fixed_zero(bits: int, kind: str) -> float | None:
 
 
 def check(bits: int, group: int | None, kind: str) -> None:
-    """InputError for what no grid can be made of."""
+    """InputError for values that make no grid."""
     if bits not in range(2, 9):
         raise InputError(f"bits={bits}: wanted 2 to 8")
     if group is not None and group < 1:
@@ -70,7 +70,7 @@ def fit_grid(
     importance = jnp.ones(columns) if importance is None else importance
     padded = ((0, 0), (0, -columns % group))
     cells = jnp.pad(weight, padded).reshape(rows, -1, group)
-    # What is padded lies on 0, which moves no range, and does not count.
+    # Padding is 0, which changes no range, and has the count 0.
     counts = jnp.pad(importance[None], padded).reshape(1, -1, group)
     low, high = jnp.minimum(cells.min(-1), 0), jnp.maximum(cells.max(-1), 0)
 

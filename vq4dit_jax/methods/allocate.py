@@ -17,18 +17,20 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 from vq4dit_jax.diffusion import trajectory
 from vq4dit_jax.errors import InputError
 from vq4dit_jax.methods import losses
 from vq4dit_jax.methods.kmeans import quantize
-from vq4dit_jax.methods.passes import Context, Report
+from vq4dit_jax.methods.passes import Context, Report, pass_key
 from vq4dit_jax.methods.solve_layers import moments_for, solve
 from vq4dit_jax.networks.network import Network, random_problem
 from vq4dit_jax.progress import progress
+from vq4dit_jax.qarray.base import Kernel
 from vq4dit_jax.qarray.rules import KEEP, Rule
 from vq4dit_jax.qarray.spec import VQSpec
-from vq4dit_jax.qarray.tree import block_path, dequantize, flatten, matrices, replace, sizes
+from vq4dit_jax.qarray.tree import block_path, flatten, matrices, quantized_paths, replace, sizes
 
 DISTORTION = {(64, 8): 8.8, (256, 8): 4.2, (64, 4): 2.6, (256, 4): 1.0, (64, 2): 0.32, (256, 2): 0.073}
 """(K, d) -> D, in units of K = 256, d = 4: geometric means over the layers of the built-in model, after
@@ -63,15 +65,14 @@ class Allocate:
             raise InputError(f"allocate.by={self.by!r}: wanted one of {', '.join(BY)}")
 
     def __call__(self, run: Context, params: Any, key: jax.Array) -> tuple[Any, Report]:
-        shares_key, kmeans_key = jax.random.split(key)
         moments = moments_for(run, params, self.images, self.cfg_scale)
         with progress(sum(1 for _ in matrices(params)), "compare layers", "layer") as bar:
             found = solve(run.teacher, params, moments, lambda: bar.update(1), feedbacks=1, rounds=1)
-        shares = layers(run.network, run.teacher, found, key=shares_key, cfg_scale=self.cfg_scale)
+        shares = layers(run.network, run.teacher, found, key=pass_key(key, "shares"), cfg_scale=self.cfg_scale)
         chosen = spread(shares, int(self.budget * 8 * sizes(params).assignment_bytes), together=self.by == "roles")
         fresh = quantize(
             run.teacher,
-            key=kmeans_key,
+            key=pass_key(key, "kmeans"),
             rules=rules(chosen),
             stacked=run.network.prefixes,
             max_iterations=_LLOYD_ITERATIONS,
@@ -187,9 +188,18 @@ class _Keep:
         return evaluation
 
 
-@jax.jit
-def _one_block_replaced(kernel: jax.Array, dense: jax.Array, block: jax.Array) -> jax.Array:
-    return kernel.at[block].set(dense[block].astype(kernel.dtype))
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Either(Kernel):
+    """A quantized matrix where `use` is set, else the teacher's; in a stack all three lead with its axis."""
+
+    dense: Any
+    quantized: Any
+    use: Any  # bool (*stack)
+
+    def matmul(self, x: Float[Array, "*batch I"]) -> Float[Array, "*batch O"]:
+        dense = lambda x: jnp.matmul(x, self.dense.astype(x.dtype))
+        return jax.lax.cond(self.use, self.quantized.matmul, dense, x)
 
 
 def _step_errors(network: Network, cfg_scale: float, student: Any, evaluations: trajectory.Evaluation) -> jax.Array:
@@ -211,24 +221,25 @@ def layers(
 ) -> list[Layer]:
     """The quantized matrices of `packed` with the share of the error that each has, on a trajectory of the teacher.
 
-    A student is the teacher with one block's matrix decoded in its place: memory of one dense stack beside the teacher.
+    A student is the teacher with one matrix of `packed` in its place. All of them are one program: which one is an argument.
     """
     problem = random_problem(network, teacher, key, images=images, cfg_scale=cfg_scale)
     _, evaluations = trajectory.observed(network, teacher, problem, num_steps=_STEPS, scale=cfg_scale, observe=_Keep())
-    kernels = flatten(teacher)
+    kernels, leaves = flatten(teacher), flatten(packed)
+    stack = {path: kernels[path].shape[:-2] for path in quantized_paths(packed)}  # (), or (blocks,)
 
-    def total(replaced: dict[str, Any]) -> float:
-        return float(_measure(network, cfg_scale, replace(teacher, replaced), evaluations))
+    def total(use: dict[str, Any]) -> float:
+        """Of the student whose matrices are quantized where `use[path]`, bool (*stack), is set."""
+        either = {path: _Either(kernels[path], leaves[path], use[path]) for path in stack}
+        return float(_measure(network, cfg_scale, replace(teacher, either), evaluations))
 
-    dense_of = lambda path: dequantize({"leaf": flatten(packed)[path]}, jnp.float32)["leaf"]
-    together = float(_measure(network, cfg_scale, packed, evaluations))
-    out, path_now, dense = [], None, None
+    together = total({path: np.ones(shape, bool) for path, shape in stack.items()})
+    out = []
     for path, block, leaf in matrices(packed):
         if leaf.kind != "vq":
             continue
-        if path != path_now:
-            path_now, dense = path, dense_of(path)
-        kernel = dense if block is None else _one_block_replaced(kernels[path], dense, jnp.int32(block))
-        share = total({path: kernel}) / max(together, 1e-30)
+        use = {other: np.zeros(shape, bool) for other, shape in stack.items()}
+        use[path][... if block is None else block] = True
+        share = total(use) / max(together, 1e-30)
         out.append(Layer(block_path(path, block, network.prefixes), *leaf.matrix, leaf.spec(), share))
     return out

@@ -11,11 +11,11 @@ Linears that read time and condition alone keep their scale: a factor there chan
 """
 
 import dataclasses
+import functools
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
 from vq4dit_jax.diffusion import trajectory
@@ -46,21 +46,18 @@ class FitContrast:
         network = run.network
         problem = random_problem(network, run.teacher, key, images=self.images, cfg_scale=self.cfg_scale)
 
-        def fine_octaves(weights: Any) -> list[Array]:
+        def images(weights: Any) -> Float[Array, "B *S C"]:
             how = dict(num_steps=self.num_steps, scale=self.cfg_scale)
             with jax.default_matmul_precision("highest"):
-                parts = lasting.octaves(trajectory.observed(network, weights, problem, **how)[0])
-            return parts[: max(len(parts) - 1, 1)]
+                return trajectory.observed(network, weights, problem, **how)[0]
 
-        wanted = fine_octaves(run.teacher)
+        wanted = images(run.teacher)
 
         def contrast(factor: float) -> float:
-            found = fine_octaves(scaled(wide, paths, factor))
-            return float(np.mean([float(slope(a, b)) for a, b in zip(found, wanted, strict=True)]))
+            # In float32, because a step of p is near the rounding of 16-bit codebooks.
+            return float(fine_slope(images(scaled(params, paths, factor, wide=True)), wanted))
 
-        paths = [path for path in quantized_paths(params) if not network.reads_conditioning(path)]
-        # In float32, because a step of p is near the rounding of 16-bit codebooks.
-        wide = map_quantized(lambda leaf: leaf.with_tuned(leaf.tunable()), params)
+        paths = tuple(path for path in quantized_paths(params) if not network.reads_conditioning(path))
         now, then = contrast(1.0), contrast(1.0 + _PROBE)
         gain = _PROBE * (1 - now) / (then - now) if then != now else 0.0
         gain = min(max(gain, -_MOST), _MOST)
@@ -68,13 +65,23 @@ class FitContrast:
 
 
 @jax.jit
+def fine_slope(found: Float[Array, "B *S C"], wanted: Float[Array, "B *S C"]) -> Float[Array, ""]:
+    """The mean of `slope` over all octaves but the coarsest."""
+    pairs = list(zip(lasting.octaves(found), lasting.octaves(wanted), strict=True))
+    slopes = [slope(a, b) for a, b in pairs[: max(len(pairs) - 1, 1)]]
+    return sum(slopes) / len(slopes)
+
+
 def slope(found: Float[Array, "B *S C"], wanted: Float[Array, "B *S C"]) -> Float[Array, ""]:
     """Of the least-squares line through the origin of `found` on `wanted`; 1 where `wanted` is zero."""
     energy = jnp.square(wanted).sum()
     return jnp.where(energy > 0, (found * wanted).sum() / jnp.where(energy > 0, energy, 1.0), 1.0)
 
 
-def scaled(packed: Any, paths: list[str], factor: float) -> Any:
-    """`packed` with the quantized weights at `paths` times `factor`, in the types that they have."""
+@functools.partial(jax.jit, static_argnames=("paths", "wide"))
+def scaled(packed: Any, paths: tuple[str, ...], factor: Any, wide: bool = False) -> Any:
+    """`packed` with the quantized weights at `paths` times `factor`, in the types that they have, or with `wide` in float32."""
+    if wide:
+        packed = map_quantized(lambda leaf: leaf.with_tuned(leaf.tunable()), packed)
     leaves = flatten(packed)
     return replace(packed, {path: map_quantized(lambda leaf: leaf.scaled(factor), leaves[path]) for path in paths})

@@ -94,7 +94,7 @@ def run_steps(method: Any, run: Context, student: Any, key: jax.Array) -> tuple[
     if method.remat:
         network = run.recomputing()
     state = method.init(student)
-    walk = begin(method, network, run.teacher, key, jnp.int32(0))
+    walk = begin(method, network, run.teacher, key, np.int32(0))
     steps = _Steps(run.folder, run.made_of)
     done, (state, walk) = steps.resume((state, walk))
     lines = read_log(run.log_file)[:done] if run.log_file else []

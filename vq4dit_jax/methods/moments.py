@@ -142,8 +142,8 @@ class _Collect:
 
 
 @jax.jit
-def _trace(second: Array) -> Array:
-    return jnp.trace(second, axis1=-2, axis2=-1)
+def _traces(second: dict[str, Array]) -> dict[str, Array]:
+    return {path: jnp.trace(a, axis1=-2, axis2=-1) for path, a in second.items()}
 
 
 def _zeros(kernel: Any) -> tuple[Array, Array]:
@@ -216,11 +216,9 @@ def input_moments(
             "moments are collected from Linears of vq4dit_jax.qarray.linear; this network does something else with "
             f"the kernels at {', '.join(paths[:3])} ({type(error).__name__}: {what})"
         ) from error
-    found = {}
-    for path in paths:
-        second, means = total[path]
-        found[path] = InputMoments(second, means, counts[path])
-        if not (np.asarray(_trace(second)) > 0).all():
+    found = {path: InputMoments(*total[path], counts[path]) for path in paths}
+    for path, trace in _traces({path: one.second for path, one in found.items()}).items():
+        if not (np.asarray(trace) > 0).all():
             raise InputError(f"moments of {path}: the network does not use this kernel, or its inputs are all zero")
     return found
 

@@ -16,11 +16,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from vq4dit_jax import __version__
 from vq4dit_jax.networks.network import Network, as_network, check
+from vq4dit_jax.qarray.tree import flatten, unflatten
 from vq4dit_jax.storage import checkpoint, identity, provenance
 
 Report = dict[str, Any]
@@ -79,7 +79,7 @@ def begin(
 ) -> Context:
     """The context of a model (a module of ours, or a `Network`) and its full-precision parameters, which may be numpy's."""
     network = as_network(model)
-    teacher = jax.tree.map(jnp.asarray, teacher)
+    teacher = jax.device_put(teacher)
     check(network, teacher)
     return Context(model, network, teacher, key, None if folder is None else pathlib.Path(folder), **settings)
 
@@ -90,6 +90,7 @@ def apply(passes: Sequence[Pass], run: Context, params: Any) -> tuple[Any, list[
     A report has the pass' `name` and `seconds`. Raises InputError where the folder holds the results of something else.
     """
     reports: list[Report] = []
+    params = unflatten(flatten(params))  # plain dicts, of a FrozenDict too
     facts = None if run.folder is None else _facts(run, params)
     for number, one in enumerate(passes):
         folder = None if run.folder is None else run.folder / f"{number:02d}_{one.name}"

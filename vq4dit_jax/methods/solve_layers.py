@@ -21,7 +21,8 @@ from vq4dit_jax.methods.moments import InputMoments, input_moments
 from vq4dit_jax.methods.passes import Context, Report, pass_key
 from vq4dit_jax.networks.network import Network, random_problem
 from vq4dit_jax.progress import progress
-from vq4dit_jax.qarray.tree import flatten, matrices, quantized_paths, replace, restack
+from vq4dit_jax.qarray.base import QuantizedArray, is_quantized
+from vq4dit_jax.qarray.tree import Slot, flatten, map_slots, matrices, quantized_paths, replace, restack, walk
 
 _MOMENT_STEPS = 25
 _DIFFERENCES = 0.5
@@ -155,40 +156,58 @@ def restore(network: Network, teacher: Any, packed: Any, moments: dict[str, Inpu
     Where a layer has no bias its mean stays. Linears that read time and condition alone keep their scale: at one time step
     only the condition varies, which is represented worse than the time step, and one factor cannot fit both.
     """
-    kernels, leaves = flatten(teacher), flatten(packed)
-    bias_of = {path: path.rpartition("/")[0] + "/bias" for path in quantized_paths(packed)}
+    leaves = flatten(packed)
+    slots = [slot for slot in walk(packed) if is_quantized(slot.leaf)]
+    bias_of = {slot.path: slot.path.rpartition("/")[0] + "/bias" for slot in slots}
     biases = {bias: np.array(leaves[bias], np.float32) for bias in bias_of.values() if bias in leaves}
+    keeps = tuple(network.reads_conditioning(slot.path) for slot in slots)
+    places = tuple((slot.path, slot.start) for slot in slots)
+    kernels = {path: kernel for path, kernel in flatten(teacher).items() if path in moments}
+    found = iter(_restored(places, keeps, kernels, [slot.leaf for slot in slots], moments))
 
-    def one(path: str, block: int | None, leaf: Any) -> Any:
-        scale = not network.reads_conditioning(path)
-        factor, shift = map(
-            np.asarray, _restored(kernels[path], leaf.decode(jnp.float32), moments[path], block, scale=scale)
-        )
-        if (bias := bias_of[path]) in biases:
-            biases[bias][... if block is None else block] += shift
-        return leaf.scaled(factor)
+    def one(slot: Slot) -> Any:
+        if not is_quantized(slot.leaf):
+            return slot.leaf
+        leaf, shift = next(found)
+        if (bias := bias_of[slot.path]) in biases:
+            start = slot.start or 0
+            biases[bias][... if slot.start is None else slice(start, start + len(shift))] += np.asarray(shift)
+        return leaf
 
-    again = restack(packed, (one(*matrix) for matrix in matrices(packed)))
+    again = map_slots(one, packed)
     shifted = {path: bias.astype(leaves[path].dtype) for path, bias in biases.items()}
     return replace(again, shifted)
 
 
-@functools.partial(jax.jit, static_argnames="scale")
+@functools.partial(jax.jit, static_argnames=("places", "keeps"))
 def _restored(
-    kernel: Float[Array, "*stack I O"],
-    quantized: Float[Array, "O I"],
-    moments: InputMoments,
-    block: Any,
-    *,
-    scale: bool,
-) -> tuple[Float[Array, ""], Float[Array, " O"]]:
-    """(g, what to add to the bias) of one matrix; g = 1 without `scale`, or where the two have nothing in common."""
+    places: tuple[tuple[str, int | None], ...],
+    keeps: tuple[bool, ...],
+    kernels: dict[str, Array],
+    leaves: list[QuantizedArray],
+    moments: dict[str, InputMoments],
+) -> list[tuple[QuantizedArray, Float[Array, "*stack O"]]]:
+    """(leaf times g, what to add to the bias) of the leaves at `places` (path, first block); one program for all of them.
+
+    g = 1 where a leaf `keeps` its scale, or has nothing in common with the teacher's.
+    """
+
+    def matrix(keep: bool, kernel: Array, leaf: QuantizedArray, second: Array, means: Array, weights: Array) -> Any:
+        found = InputMoments(second, means, weights)
+        weight, quantized = kernel.T.astype(jnp.float32), leaf.decode(jnp.float32)
+        along = weight @ found.covariance()
+        wanted, common = (along * weight).sum(), (along * quantized).sum()
+        factor = 1.0 if keep else jnp.where(common > 0, wanted / jnp.where(common > 0, common, 1.0), 1.0)
+        return leaf.scaled(factor), (weight - factor * quantized) @ found.mean()
+
+    def one(place: tuple[str, int | None], keep: bool, leaf: QuantizedArray) -> Any:
+        path, start = place
+        (second, means, weights), kernel = moments[path], kernels[path]
+        if not leaf.stack:
+            return matrix(keep, kernel, leaf, second, means, weights)
+        blocks = slice(start or 0, (start or 0) + leaf.stack[0])
+        stacked = (kernel[blocks], leaf, second[blocks], jnp.moveaxis(means, 0, 1)[blocks])
+        return jax.lax.map(lambda own: matrix(keep, *own, weights), stacked)
+
     with jax.default_matmul_precision("highest"):
-        found = (
-            moments if block is None else InputMoments(moments.second[block], moments.means[:, block], moments.weights)
-        )
-        weight = (kernel if block is None else kernel[block]).T.astype(jnp.float32)
-        covariance = found.covariance()
-        wanted, common = ((weight @ covariance) * weight).sum(), ((weight @ covariance) * quantized).sum()
-        factor = jnp.where((common > 0) & scale, wanted / jnp.where(common > 0, common, 1.0), 1.0)
-        return factor, (weight - factor * quantized) @ found.mean()
+        return [one(*each) for each in zip(places, keeps, leaves, strict=True)]

@@ -10,6 +10,7 @@ What can move is what a leaf says (`QuantizedArray.tunable`): codebooks of packe
 """
 
 import dataclasses
+import functools
 import re
 from typing import Any, ClassVar, NamedTuple
 
@@ -155,7 +156,7 @@ class Tune:
 
 def as_stored(new: Any, old: Any) -> Any:
     """A leaf in the types of another of the same kind and shapes."""
-    return jax.tree.map(lambda a, b: jnp.asarray(np.asarray(a).astype(b.dtype)), new, old)
+    return jax.tree.map(lambda a, b: jax.device_put(np.asarray(a).astype(b.dtype)), new, old)
 
 
 def initial_student(tune: Tune, teacher: Any, packed: Any) -> dict[str, Any]:
@@ -231,9 +232,10 @@ def init(tune: Tune, student: Any) -> State:
     biases = {f"{layer}/bias": wide(flat[f"{layer}/bias"]) for layer in layers if f"{layer}/bias" in flat}
     kept = {path: wide(a) for path, a in flat.items() if path not in biases and re.fullmatch(tune.tuned, path)}
     trainable = Trainable(logits, tables, biases, kept)
-    return jax.jit(_start, static_argnames="tune")(tune, trainable, frozen)
+    return _start(tune, trainable, frozen)
 
 
+@functools.partial(jax.jit, static_argnames="tune")
 def _start(tune: Tune, trainable: Trainable, frozen: Any) -> State:
     with jax.numpy_dtype_promotion("standard"):
         return State(trainable, frozen, _optimizer(tune).init(trainable), jnp.float32(jnp.inf), jnp.int32(0))

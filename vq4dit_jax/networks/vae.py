@@ -1,7 +1,7 @@
 """The VAE of Stable Diffusion (Rombach et al. 2022, arXiv 2112.10752), named parameter for parameter as in diffusers.
 
 It leads from images in [-1, 1] to latents of an eighth of their side, and back. `convert.vae.load_vae` opens its checkpoints;
-`vq4dit_jax.latents.decode_images` decodes many latents in bounded memory. Images and latents are NHWC.
+`vq4dit_jax.networks.latents.decode_images` decodes many latents in bounded memory. Images and latents are NHWC.
 """
 
 import functools

@@ -43,7 +43,7 @@ def checked_cast(array: Any, dtype: Any, name: str) -> Array:
                 f"{name} has values of at most {scale:.3g}, too small for {dtype.name}: {100 * lost:.0f} % of its norm would "
                 "be lost; store it as bfloat16 or float32"
             )
-    return jnp.asarray(cast)
+    return jax.device_put(cast)
 
 
 def cast_kept(params: Params, dtype: Any) -> dict[str, Any]:

@@ -87,10 +87,9 @@ class SoftVQArray(Transient):
         """The candidate of largest ratio (the earlier one of equals), packed. Step 9 of the method."""
         if self.candidates is None:
             return self._fixed()
-        axis = self.logits.ndim - 3
-        best = jnp.expand_dims(self.logits.argmax(axis), axis)
-        codes = jnp.take_along_axis(self.candidates, best, axis).squeeze(axis)
-        return from_codes(self.codebook, np.asarray(codes))
+        logits, candidates = np.asarray(self.logits), np.asarray(self.candidates)
+        codes = np.take_along_axis(candidates, logits.argmax(-3, keepdims=True), -3).squeeze(-3)
+        return from_codes(self.codebook, codes)
 
 
 def soften(
@@ -106,10 +105,10 @@ def soften(
         raise ValueError(f"start={start!r}: wanted 'uniform' or 'distance'")
     rows, columns = hard.matrix
     stack, groups = hard.stack, hard.num_groups
-    codebook = jnp.asarray(hard.codebook, jnp.float32)
+    codebook, packed = jax.device_put((np.asarray(hard.codebook, np.float32), hard.assignments))
     if num_candidates == 1:
-        return SoftVQArray(codebook, None, None, None, hard.matrix, jnp.asarray(hard.assignments))
-    codebooks = np.asarray(hard.codebook, np.float32).reshape(-1, hard.num_codewords, hard.subvector_length)
+        return SoftVQArray(codebook, None, None, None, hard.matrix, packed)
+    codebooks = np.asarray(codebook).reshape(-1, hard.num_codewords, hard.subvector_length)
     vectors = np.asarray(weight, np.float32).reshape(len(codebooks), -1, hard.subvector_length)
     found = [nearest_codewords(v, c, num_candidates) for v, c in zip(vectors, codebooks, strict=True)]
     # (stack * G, O/G * S, n) -> (*stack, n, O, S)
@@ -127,4 +126,4 @@ def soften(
         last = distances.take([-1], axis=len(stack))
         logits = (np.log(last + 1e-5) - np.log(distances + 1e-5)).astype(np.float32)
     frozen = np.zeros((*stack, rows, candidates.shape[-1]), bool)
-    return SoftVQArray(codebook, jnp.asarray(candidates), jnp.asarray(logits), jnp.asarray(frozen), hard.matrix)
+    return SoftVQArray(codebook, *jax.device_put((candidates, logits, frozen)), hard.matrix)

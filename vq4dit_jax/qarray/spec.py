@@ -155,9 +155,9 @@ class VQSpec(Spec):
         *stack, rows, columns = weight.shape
         problems = weight.reshape(math.prod(stack) * self.groups, -1, self.subvector)
         result = kmeans(problems, self.codewords, key, max_iterations=iterations)
-        codebook = checked_cast(result.codebook, self.dtype, "its codebook")
+        codebook = result.codebook.reshape(*stack, self.groups, self.codewords, self.subvector)
         codes = np.asarray(result.assignments).reshape(*stack, rows, columns // self.subvector)
-        return from_codes(codebook.reshape(*stack, self.groups, self.codewords, self.subvector), codes)
+        return from_codes(checked_cast(codebook, self.dtype, "its codebook"), codes)
 
 
 def _dtype_name(dtype: Any) -> str:

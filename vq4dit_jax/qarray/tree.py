@@ -127,7 +127,7 @@ def restack(params: Params, leaves: Iterator[QuantizedArray]) -> dict[str, Any]:
         if not is_quantized(own):
             return own
         new = list(itertools.islice(leaves, math.prod(own.stack)))
-        return jax.tree.map(lambda old, *a: jnp.asarray(np.stack(a).reshape(old.shape).astype(old.dtype)), own, *new)
+        return jax.tree.map(lambda old, *a: jax.device_put(np.stack(a).reshape(old.shape).astype(old.dtype)), own, *new)
 
     return map_slots(one, params)
 

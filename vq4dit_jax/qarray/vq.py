@@ -147,7 +147,7 @@ class VQArray(QuantizedArray):
         """Codebook and assignments that keep the layer's outputs (`codebook.solver`), starting from this codebook."""
         start = np.asarray(self.codebook, np.float32)
         codebook, codes = _solve(kernel, second, start, block, feedbacks, rounds)
-        return from_codes(codebook.astype(self.codebook.dtype), np.asarray(codes))
+        return from_codes(np.asarray(codebook).astype(self.codebook.dtype), np.asarray(codes))
 
     def prepare(
         self, operand_dtype: Any, *, as_one: bool = False, paired_rows: bool = False, table_bytes: int = TABLE_BYTES
@@ -175,11 +175,11 @@ def _solve(kernel: Any, second: Any, codebook: Any, block: Any, feedbacks: Any, 
     return solver.solve(weight, moments, codebook, feedbacks=feedbacks, rounds=rounds)[:2]
 
 
-def from_codes(codebook: jax.Array, codes: jax.Array | np.ndarray) -> VQArray:
+def from_codes(codebook: jax.Array | np.ndarray, codes: jax.Array | np.ndarray) -> VQArray:
     """Packs codes (*stack, O, S) with codebook (*stack, G, K, d)."""
     num_codewords, length = codebook.shape[-2:]
     packed = pack_codes(np.asarray(codes), pallas_kernels.code_bits(num_codewords))
-    return VQArray(jnp.asarray(codebook), jnp.asarray(packed), (codes.shape[-2], codes.shape[-1] * length))
+    return VQArray(*jax.device_put((codebook, packed)), (codes.shape[-2], codes.shape[-1] * length))
 
 
 def validate(array: VQArray, name: str = "VQArray") -> None:

@@ -1,4 +1,4 @@
-"""What a run leaves for people to look at: picture grids, one HTML page, progress bars."""
+"""Output of a run for people: picture grids, tables, one HTML page."""
 
 from vq4dit_jax.progress import progress
 from vq4dit_jax.reporting.grids import write_comparison, write_grid

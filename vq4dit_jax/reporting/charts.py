@@ -65,11 +65,11 @@ def line_chart(
     """Curves over calibration steps.
 
     Args:
-      caption: what stands above the chart. description: what a screen reader says instead of the drawing.
+      caption: text above the chart. description: text for screen readers in place of the drawing.
       lines: at least one with at least one point; longer ones than MOST_POINTS are thinned, extremes kept.
       levels: reference lines, named in the legend.
       log: y by decades; every y must be positive.
-      y_range: (low, high) of the y axis; left out, what holds every point and level.
+      y_range: (low, high) of the y axis; None: the range of all points and levels.
       y_text: writes the figure of a tick.
       verticals: x of faint vertical rules.
     """
@@ -184,8 +184,8 @@ def linear_ticks(low: Number, high: Number, most: int = 6) -> list[Number]:
 
 
 def log_ticks(low: Number, high: Number) -> list[Number]:
-    """Powers of ten within [low, high]; with their multiples by 2 and 5 where that leaves fewer than four, and as on a linear
-    axis where even those are fewer than two."""
+    """Powers of ten within [low, high]; with their multiples by 2 and 5 where there are fewer than four; linear ticks where even
+    those are fewer than two."""
     exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     ticks = []
     for factors in ((1,), (1, 2, 5)):
@@ -200,7 +200,7 @@ def _widened(low: Number, high: Number) -> Scale:
 
 
 def _padded(low: Number, high: Number, log: bool) -> Scale:
-    """An axis that holds [low, high] with some air; one that is not logarithmic starts at zero."""
+    """An axis for [low, high] with a margin; one that is not logarithmic starts at zero."""
     if log:
         return Scale(low / 1.4, high * 1.4, log=True)
     low, high = min(low, 0.0), max(high, 0.0)

@@ -1,4 +1,4 @@
-"""What quantization did to each layer's weights."""
+"""The error of each layer's weights after quantization."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from vq4dit_jax.qarray.tree import block_path, flatten, matrices
 
 def layer_table(teacher: Any, kmeans: Any, packed: Any) -> list[dict[str, Any]]:
     """One entry per quantized matrix, for `ReportData.layers`: shape, codebook, bits and relative Frobenius errors
-    ||W_hat - W|| / ||W|| before and after calibration. A matrix at a time is decoded.
+    ||W_hat - W|| / ||W|| before and after calibration. One matrix at a time is decoded.
     """
     kernels = flatten(teacher)
     rows = []

@@ -62,7 +62,7 @@ def note(text: str) -> Element:
 
 
 def render(node: Element) -> str:
-    """HTML text. What UTF-8 cannot hold (undecodable bytes of a command line) becomes a question mark."""
+    """HTML text. Characters that UTF-8 cannot hold (undecodable bytes of a command line) become question marks."""
     return ElementTree.tostring(node, encoding="unicode", method="html").encode("utf-8", "replace").decode("utf-8")
 
 
@@ -148,7 +148,7 @@ def duration(seconds: Any) -> str:
 
 
 def title_of(model: str) -> str:
-    """What people read for a model's name in the metrics."""
+    """The title of a model, by its name in the metrics."""
     return _TITLES.get(model, model)
 
 
@@ -158,5 +158,5 @@ def models_of(metrics: Figures) -> list[str]:
 
 
 def css_of(model: str, models: Sequence[str]) -> str:
-    """The class of a model's colour: full precision, what is in between, and the final one."""
+    """The CSS class of a model's colour: full precision, intermediate, or final."""
     return {models[0]: "fp", models[-1]: "vq4dit"}.get(model, "kmeans")

@@ -1,4 +1,4 @@
-"""The parts of the report about what came out: headline, pictures, quality, size."""
+"""The parts of the report on results: headline, pictures, quality, size."""
 
 import base64
 import io
@@ -31,14 +31,14 @@ from vq4dit_jax.reporting.markup import (
     title_of,
 )
 
-BAND = 4  # seeds side by side: what a phone shows
+BAND = 4  # seeds side by side, as many as a phone shows
 MOST_SEEDS = 24
 MOST_PIXELS = 2**19  # shown of one model: eight pictures of 256x256
 LOSSLESS_WIDTH = 64  # wider pictures are stored as WebP, about a tenth of the bytes, and shown larger
 
 
 def headline(title: str, metrics: Figures) -> Element:
-    """Title, model, and the three figures a reader wants."""
+    """Title, model, and the three most important figures."""
     model, size, quality = (metrics.get(key) or {} for key in ("model", "size", "quality"))
     parameters, quantized = figure(model.get("parameters")), figure(model.get("quantized_parameters"))
     about = [str(model["variant"])] if model.get("variant") else []
@@ -210,7 +210,7 @@ def quality(metrics: Figures) -> Element:
 
 
 def size(metrics: Figures) -> Element:
-    """Where the bytes are."""
+    """Bytes by part of the model."""
     s = metrics.get("size") or {}
     before, after = figure(s.get("fp32_bytes")), figure(s.get("quantized_bytes"))
     parts = [

@@ -1,4 +1,4 @@
-"""The parts of the report about how it was made: calibration, ratios, layers, time, recipe."""
+"""The parts of the report on the run: calibration, ratios, layers, time, recipe."""
 
 import re
 import statistics
@@ -27,7 +27,7 @@ MOST_RULES = 25  # trajectories marked in a chart
 MOST_HISTOGRAMS = 100
 
 _STAGES = {"kmeans": "k-means"}
-"""Stages whose names are not words."""
+"""Titles of stages whose names are not words."""
 
 
 def calibration(metrics: Figures, train_log: Sequence[Figures]) -> Element:
@@ -120,7 +120,7 @@ def _calibration_table(c: Figures) -> Element:
 
 
 def ratios(train_log: Sequence[Figures]) -> Element:
-    """How the ratios of the first candidates leave the middle and settle at 0 or 1; or that there was nothing to choose."""
+    """The ratios of the first candidates over the run, which end at 0 or 1; or a note that there was no choice."""
     recorded = []
     for line in train_log:
         counts = [figure(v) or 0.0 for v in line.get("ratio_histogram") or ()]
@@ -170,7 +170,7 @@ def ratios(train_log: Sequence[Figures]) -> Element:
 
 
 def layer_errors(layers: Sequence[Figures]) -> Element:
-    """Heat maps of the weight error, before and after calibration, and what each kind of layer is stored in."""
+    """Heat maps of the weight error, before and after calibration, and the codebooks and bits of each kind of layer."""
     part = section("layers", "Layers")
     if not layers:
         part.append(note("No layer was quantized."))
@@ -265,7 +265,7 @@ def time(metrics: Figures) -> Element:
 
 
 def recipe(metrics: Figures, config: Figures, command: str) -> Element:
-    """All it takes to do it again."""
+    """Everything that is needed to repeat the run."""
     names = {"cfg_scale": "Guidance scale", "steps": "Sampling steps"}
     rows = []
     for key, value in (metrics.get("recipe") or {}).items():

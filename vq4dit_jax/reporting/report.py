@@ -1,4 +1,4 @@
-"""The page that a run leaves behind: report.html, one file, no network."""
+"""report.html of a run: one file, no network access."""
 
 import dataclasses
 import html
@@ -16,13 +16,13 @@ from vq4dit_jax.reporting.markup import render
 
 @dataclasses.dataclass(frozen=True)
 class ReportData:
-    """What the page is made of. Everything in it may come from outside: all of it is escaped.
+    """The data of the page. Any of it may come from outside: all of it is escaped.
 
-    A figure that was not computed is None or left out, and stands as a dash; a part with nothing to show says so.
+    A figure that was not computed is None or left out, and is shown as a dash; a part without data says so.
 
     Attributes:
       title: headline, e.g. "DiT-S/2 on CIFAR-10 in 2 bits".
-      metrics: what metrics.json holds (docs: model, size, quality, calibration, time_s, recipe).
+      metrics: the contents of metrics.json ( model, size, quality, calibration, time_s, recipe).
       config: resolved configuration; nested dicts, leaves of any type.
       train_log: one dict per calibration step, ascending: "step", "trajectory", "timestep", "l_d", "l_r", "loss",
         "frozen_fraction" (0 to 1), "seconds"; on some lines "ratio_histogram": counts of the ratio r of the first
@@ -33,7 +33,7 @@ class ReportData:
         calibration).
       table: the rows of table.json, see `reporting.table`.
       images: model ("fp", "kmeans", "vq4dit", in this order) -> uint8 (N, H, W, 3); picture i of each from the same
-        seed and label. N may differ: the page shows what all have.
+        seed and label. N may differ: the page shows the pictures that all models have.
       labels: class name of each picture.
       command: the command line that reproduces the run.
     """
@@ -50,7 +50,7 @@ class ReportData:
 
 
 def write_report(path: str | os.PathLike, data: ReportData) -> None:
-    """Writes one self-contained HTML page: no scripts, no fonts, nothing that a browser would fetch.
+    """Writes one self-contained HTML page: no scripts, no fonts, no external resources.
 
     It adapts to the width of a phone, to dark mode and to paper. Long logs are thinned and large pictures
     reduced, so that it stays under about 3 MB.

@@ -21,7 +21,7 @@ _RECIPE = ("num_images", "sampler", "cfg_scale", "seed", "features")
 
 
 def sort_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """As the papers have them: most time steps first, then most bits; rows that say the same thing twice only once."""
+    """In the order of the papers: most time steps first, then most bits; of equal rows only one."""
     unique = {tuple(str(row.get(key)) for key in ("method", "bits", "steps", *_RECIPE)): row for row in reversed(rows)}
     return sorted(unique.values(), key=lambda row: (-row["steps"], -row["bits"], row["method"]))
 
@@ -33,7 +33,7 @@ def is_fid(rows: list[dict[str, Any]]) -> bool:
 
 
 def _cells(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]], list[str]]:
-    """(head, rows as text, notes: the recipes that the rows belong to, and why figures are missing)."""
+    """(head, rows as text, notes: the recipes of the rows, and the reasons for missing figures)."""
     names = [name if is_fid(rows) else name.replace("FID", "FD") for _, name, _ in _FIGURES]
     recipes = list(dict.fromkeys(_recipe(row) for row in rows))
     numbered = len(recipes) > 1
@@ -48,7 +48,7 @@ def _cells(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]], list
     reasons: dict[str, list[str]] = {}
     for row in rows:
         for figure, reason in (row.get("reasons") or {}).items():
-            if figure == "psnr_to_fp_db":  # the table has no column of it
+            if figure == "psnr_to_fp_db":  # the table has no column for it
                 continue
             figures = reasons.setdefault(reason, [])
             figures += [figure] if figure not in figures else []

@@ -86,7 +86,7 @@ class Claim:
       file: JSON; its folder is what is claimed.
       facts: all that decides the result.
       remedy: what the user may do where the folder is of other facts.
-      about: what else is to be noted (devices, versions, date); it is not compared.
+      about: makes what else is to be noted (devices, versions, date); it is not compared.
       section: the key of the file under which the facts stand; None: they stand among `about`.
       filled: gives facts of an older version the keys that are younger than they are.
     """
@@ -94,7 +94,7 @@ class Claim:
     file: pathlib.Path
     facts: dict[str, Any]
     remedy: str = "choose another folder"
-    about: dict[str, Any] = dataclasses.field(default_factory=dict)
+    about: Callable[[], dict[str, Any]] = dict
     section: str | None = None
     filled: Callable[[dict[str, Any]], dict[str, Any]] = lambda facts: facts
 
@@ -123,4 +123,4 @@ class Claim:
         self.check()
         if not self.file.exists():
             facts = self.facts if self.section is None else {self.section: self.facts}
-            files.write_json(self.file, {**facts, **self.about})
+            files.write_json(self.file, {**facts, **self.about()})

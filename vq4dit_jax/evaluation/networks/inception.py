@@ -6,10 +6,10 @@ convolutions when weights are read (`convert.inception`), and each convolution h
 
 Where this graph differs from later Inceptions (pytorch-fid's FIDInceptionA, C, E_1 and E_2 patch torchvision's alike):
 an average pool divides by the number of pixels that lie inside the image, and the last block, mixed_10, has a maximum
-pool in its place. Images are resized as TensorFlow 1 did it.
+pool in its place. Images are resized as by TensorFlow 1.
 
 Four things make it fast on a CPU; all are exact up to rounding. 1x1 convolutions of one input are one matrix product. A
-1x1 convolution comes before the average pool, with which it commutes, and leaves it fewer channels. Pools are sums and
+1x1 convolution precedes the average pool, with which it commutes, so that the pool has fewer channels. Pools are sums and
 maxima of shifted slices. Convolutions without padding are padded, and the rim is cut off (see `convolve`).
 """
 

@@ -1,7 +1,7 @@
 """CIFAR ResNets (He et al. 2015, arXiv 1512.03385, section 4.2) as feature extractors: depth 6n + 2, n blocks a stage.
 
 The network of github akamaster/pytorch_resnet_cifar10: shortcuts of option A (a strided slice, channels padded with
-zeros). It only ever infers here, so batch norm is folded into the convolutions when a checkpoint is converted
+zeros). It is used for inference alone, so batch norm is folded into the convolutions when a checkpoint is converted
 (`convert.resnet_cifar`), and each convolution has a bias instead.
 """
 
@@ -14,7 +14,7 @@ from vq4dit_jax.errors import InputError
 
 STAGE_WIDTHS = (16, 32, 64)
 SPATIAL_CHANNELS = 7
-# What the weights were trained with, on [0, 1] images.
+# Mean and deviation that the weights were trained with, on [0, 1] images.
 _MEAN = (0.485, 0.456, 0.406)
 _STD = (0.229, 0.224, 0.225)
 
