@@ -278,7 +278,7 @@ def test_nan_weights(capsys, tmp_path):
         ("--config.nonsense.steps=3", "nonsense"),
         ("--config.calibration.steps=many", "steps"),
         ("--config.calibration.steps=0", "calibration.steps=0"),
-        ("--config.sample.sampler=euler", "sample.sampler=euler"),
+        ("--config.sample.sampler=plms", "sample.sampler=plms"),
         ("--config.quantize.bits=7", "quantize.bits=7"),
         ("--config.sample.steps=2000", "sample.steps=2000"),
         ("--unknown=3", "unknown"),
@@ -289,6 +289,13 @@ def test_nan_weights(capsys, tmp_path):
 def test_arguments_that_make_no_sense(capsys, tmp_path, argument, words):
     assert words in _refused(capsys, tmp_path, argument)
     assert not (tmp_path / "new").exists()
+
+
+def test_a_sampler_of_another_process_is_refused_by_its_key(capsys, tmp_path):
+    """Known by name, and of flows alone: told once the model is there, before any work."""
+    line = _refused(capsys, tmp_path, "--config.sample.sampler=euler")
+    assert "--config.sample.sampler='euler'" in line and "ddpm, ddim, dpm++" in line
+    assert not (tmp_path / "new" / "calibration").exists()
 
 
 def test_a_config_or_workdir_that_is_not_there(capsys, tmp_path):

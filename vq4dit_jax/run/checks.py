@@ -20,8 +20,8 @@ from vq4dit_jax.run import config as configs
 def check(config: Any, model: Any, teacher: Any) -> None:
     """Raises InputError, naming the key, where a later stage would refuse this config for this model."""
     network = as_network(model)
-    sampler_for(network.process, config.sample.sampler or None)
     try:
+        sampler_for(network.process, config.sample.sampler or None)
         cond = network.conditioning.choose(config.sample.labels, jax.random.key(0), np.arange(1))
     except InputError as error:
         raise InputError(f"--config.sample.{error}") from None
