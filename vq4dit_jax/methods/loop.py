@@ -29,7 +29,7 @@ from vq4dit_jax.diffusion.keys import image_keys
 from vq4dit_jax.diffusion.samplers import sampler_for
 from vq4dit_jax.errors import InputError
 from vq4dit_jax.methods.passes import REMEDY, Context, Report
-from vq4dit_jax.networks.network import Network, problem
+from vq4dit_jax.networks.network import Network, check, problem
 from vq4dit_jax.progress import progress
 from vq4dit_jax.storage import checkpoint, identity
 
@@ -94,6 +94,7 @@ def run_steps(method: Any, run: Context, student: Any, key: jax.Array) -> tuple[
     if method.remat:
         network = run.recomputing()
     state = method.init(student)
+    check(run.network, student)  # the teacher was: here, whether it runs quantized parameters
     walk = begin(method, network, run.teacher, key, np.int32(0))
     steps = _Steps(run.folder, run.made_of)
     done, (state, walk) = steps.resume((state, walk))
