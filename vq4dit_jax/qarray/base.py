@@ -148,7 +148,11 @@ class QuantizedArray(Kernel):
 
 
 class Transient(QuantizedArray):
-    """A leaf that exists while a method runs, and in no file."""
+    """A leaf that exists while a method runs, and in no file: the form that gradients train."""
+
+    def matmul(self, x: Float[Array, "*batch I"]) -> Float[Array, "*batch O"]:
+        # A backward pass decodes again; else it would keep the dense weights of all blocks.
+        return jax.checkpoint(QuantizedArray.matmul)(self, x)
 
     def arrays(self) -> dict[str, Any]:
         raise InputError(f"a {type(self).__name__} is not stored; save what the method returns, or harden() the leaf")
