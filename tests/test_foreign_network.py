@@ -160,7 +160,7 @@ def test_it_samples_videos_from_packed_parameters(calibrated, sampler):
 
 def test_the_null_is_the_parameter(calibrated):
     """Guidance by hand from two evaluations, one of them with the tree's own null."""
-    params, rng = make_params(), np.random.default_rng(3)
+    params, rng = jax.tree.map(jnp.asarray, make_params()), np.random.default_rng(3)
     cond = NETWORK.conditioning.choose("balanced", jax.random.key(0), np.arange(2))
     start = rng.normal(size=(2, *SHAPE)).astype(np.float32)
     how = dict(key=jax.random.key(0), num_steps=1, initial=start)

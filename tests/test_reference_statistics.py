@@ -108,7 +108,7 @@ def damaged(path, **changes):
         (lambda p: p.write_bytes(b""), "not readable"),
         (lambda p: p.write_text("hello"), "not readable"),
         (lambda p: np.savez(p, arr_0=np.zeros(3)), "not reference statistics of format 2"),
-        (lambda p: np.savez(p, mu=np.array([print], object)), "not readable"),
+        (lambda p: np.savez(p, mu=np.array([print], object)), "pickled Python objects"),
         (lambda p: np.save(p, np.zeros(3)) or p.with_suffix(".npz.npy").rename(p), "not readable"),
         (lambda p: damaged(p, format=np.asarray(3)), "not reference statistics of format 2"),
         (lambda p: damaged(p, format=np.asarray("two")), "not reference statistics of format 2"),
@@ -257,7 +257,7 @@ def test_published_moments_give_figures_and_reasons(tmp_path):
         (dict(mu=np.zeros(2048, int)), "mu is int64"),
         (dict(mu=np.full(2048, np.nan)), "not finite"),
         (dict(sigma=np.triu(np.ones((2048, 2048)))), "not symmetric"),
-        (dict(mu=np.array([print] * 2048, object)), "not readable"),
+        (dict(mu=np.array([print] * 2048, object)), "pickled Python objects"),
         (dict(arr_0=images(9).astype(np.float32)), "float32"),
     ],
 )

@@ -137,7 +137,10 @@ def name_figures(measured: Measurement, classifier: Classifier) -> tuple[dict[st
 def _check_output(out: pathlib.Path | None, inputs: tuple[pathlib.Path, ...]) -> None:
     if out is None:
         return
-    files.check_target(out, "file")
+    try:
+        files.check_target(out, "file")
+    except InputError as error:
+        raise InputError(f"--out={error}") from None
     if any(path.exists() and out.exists() and path.samefile(out) for path in inputs):
         raise InputError(f"--out={out} is a file to read; name another to write")
 

@@ -136,7 +136,9 @@ class DKM:
         flat = flatten(student)
         names = {slot.path.rpartition("/")[0] + "/bias" for slot in slots}
         trainable = Trainable({}, tables, {name: wide(flat[name]) for name in sorted(names) if name in flat}, {})
-        return State(jax.tree.map(jnp.asarray, trainable), self._optimizer().init(trainable), jnp.int32(0))
+        with jax.numpy_dtype_promotion("standard"):
+            optimizer = self._optimizer().init(trainable)
+        return State(jax.tree.map(jnp.asarray, trainable), optimizer, jnp.int32(0))
 
     def update(
         self, network: Network, state: State, student: Any, evaluation: Evaluation, new_trajectory: Any
@@ -151,7 +153,8 @@ class DKM:
             return losses.block_distance(blocks, evaluation.blocks)
 
         l_d, grads = jax.value_and_grad(loss_fn)(state.trainable)
-        updates, optimizer = self._optimizer().update(grads, state.optimizer, state.trainable)
+        with jax.numpy_dtype_promotion("standard"):  # optax multiplies integers by floats
+            updates, optimizer = self._optimizer().update(grads, state.optimizer, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
         return State(trainable, optimizer, state.step + 1), {"l_d": l_d, "tau_share": share}
 

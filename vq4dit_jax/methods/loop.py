@@ -35,7 +35,7 @@ from vq4dit_jax.storage import checkpoint, identity
 
 _HISTOGRAM_EVERY = 25
 _DIVERGED = 1e3
-"""A run whose L_d is so many times that of its first trajectory is stopped."""
+"""A run whose L_d is so many times that of its first trajectory, at the same time step, is stopped."""
 
 
 class Walk(NamedTuple):
@@ -99,15 +99,16 @@ def run_steps(method: Any, run: Context, student: Any, key: jax.Array) -> tuple[
     steps = _Steps(run.folder, run.made_of)
     done, (state, walk) = steps.resume((state, walk))
     lines = read_log(run.log_file)[:done] if run.log_file else []
-    first = lines[0]["l_d"] if lines else math.inf
+    begun_with = {line["timestep"]: line["l_d"] for line in lines if line["trajectory"] == 0}
     with progress(method.steps, "calibrate", "step") as bar, _open_log(run.log_file, done) as log:
         bar.update(done)
         for number in range(done + 1, method.steps + 1):
             begun = time.perf_counter()
             state, walk, metrics = step(method, network, state, walk, student, run.teacher, key)
             line = {"step": number, **_plain(metrics)}  # waits for the step
-            first = line["l_d"] if math.isinf(first) else first
-            _require_sound(line, first, state, steps)
+            _require_sound(line, begun_with.get(line["timestep"], math.inf), state, steps)
+            if line["trajectory"] == 0:
+                begun_with[line["timestep"]] = line["l_d"]
             line["seconds"] = round(time.perf_counter() - begun, 4)
             if number % _HISTOGRAM_EVERY and number not in (1, method.steps):
                 line.pop("ratio_histogram", None)
@@ -134,7 +135,7 @@ def _plain(metrics: dict[str, jax.Array]) -> dict[str, Any]:
 
 
 def _require_sound(line: dict[str, Any], first: float, state: Any, steps: "_Steps") -> None:
-    """InputError for a step that has diverged."""
+    """InputError for a step that has diverged. `first`: L_d of the first trajectory at the same time step."""
     bad = [name for name, value in line.items() if isinstance(value, float) and not math.isfinite(value)]
     grown = line["l_d"] > _DIVERGED * first > 0
     if not bad and not grown:
@@ -147,7 +148,11 @@ def _require_sound(line: dict[str, Any], first: float, state: Any, steps: "_Step
         and "floor" not in str(path)
         and not np.isfinite(np.asarray(leaf)).all()
     ]
-    what = f"{bad[0]} is {line[bad[0]]}" if bad else f"L_d is {line['l_d']:.3g} and was {first:.3g} at the first step"
+    what = (
+        f"{bad[0]} is {line[bad[0]]}"
+        if bad
+        else f"L_d is {line['l_d']:.3g} and was {first:.3g} at this time step of the first trajectory"
+    )
     where = f"; the first parameter that is not finite is {broken[0]}" if broken else ""
     raise InputError(
         f"calibration diverged at step {line['step']}: {what}{where}; {steps.kept()}lower the learning rates "

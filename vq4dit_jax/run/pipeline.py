@@ -4,6 +4,7 @@ Each writes its files beside and renames them, and is then marked done in `stage
 on with the first stage that is not, and ends with the same figures.
 """
 
+import contextlib
 import functools
 import os
 import pathlib
@@ -197,8 +198,13 @@ class Pipeline:
             log_file=self.dir.log,
             save_every=self.config.calibration.save_every,
         )
-        params, reports = methods.apply(made.passes, context, params)
-        checkpoint.save_quantized(target, model, params, {"model": made.name, "passes": reports})
+        try:
+            params, reports = methods.apply(made.passes, context, params)
+            checkpoint.save_quantized(target, model, params, {"model": made.name, "passes": reports})
+        except BaseException:
+            with contextlib.suppress(OSError):  # an empty folder says nothing; one that holds results stays
+                context.folder.rmdir()
+            raise
         files.remove(context.folder)
         return params
 
