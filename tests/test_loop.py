@@ -187,7 +187,7 @@ def test_a_folder_of_another_run_is_refused_and_said_what_differs(quantized, who
         (lambda: _run(quantized, folder, settings, key=jax.random.key(3)), r"key \("),
         (
             lambda: _run(quantized, folder, dataclasses.replace(settings, lambda_d=2.0)),
-            r"lambda_d \(2.0 here, 1.0 there\)",
+            r"passes\.00_tune\.lambda_d \(2.0 here, 1.0 there\)",
         ),
     ):
         with pytest.raises(InputError, match=f"was made from something else: {words}.*another folder") as caught:

@@ -14,6 +14,9 @@ from models import tiny
 
 from vq4dit_jax import main as command
 from vq4dit_jax.errors import InputError
+from vq4dit_jax.methods import allocate
+from vq4dit_jax.qarray.rules import abstract_quantized
+from vq4dit_jax.qarray.tree import block_path, matrices, sizes
 from vq4dit_jax.run import checks, programs, sources
 from vq4dit_jax.run import config as configs
 from vq4dit_jax.run.workdir import READS, STAGES, Workdir
@@ -310,20 +313,16 @@ def test_the_least_budget_is_named_and_is_the_least(allocation):
     checks.check(config(wanted), model, params)
     with pytest.raises(InputError):
         checks.check(config(wanted - 0.001), model, params)
-    from vq4dit_jax.methods import allocate
-    from vq4dit_jax.qarray import quantization
-
-    shapes = quantization.abstract_quantized(params, configs.rules(config(1.0)))
+    shapes = abstract_quantized(params, configs.rules(config(1.0)), None, config(1.0).quantize.codebook_dtype)
     packed = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), shapes)
     layers = [
-        allocate.Layer(quantization.block_path(path, block), *leaf.shape,
-                       quantization.VQSpec(leaf.num_codewords, leaf.subvector_length, leaf.num_groups), 1.0)
-        for path, block, leaf in quantization.matrices(packed)
-    ]  # fmt: skip
-    codes = 8 * quantization.sizes(packed).assignment_bytes
-    allocate.spread(layers, int(wanted * codes), 16, together=allocation == "roles")
+        allocate.Layer(block_path(path, block), *leaf.matrix, leaf.spec(), 1.0)
+        for path, block, leaf in matrices(packed)
+    ]
+    codes = 8 * sizes(packed).assignment_bytes
+    allocate.spread(layers, int(wanted * codes), together=allocation == "roles")
     with pytest.raises(InputError):
-        allocate.spread(layers, int((wanted - 0.001) * codes), 16, together=allocation == "roles")
+        allocate.spread(layers, int((wanted - 0.001) * codes), together=allocation == "roles")
 
 
 def test_a_vae_of_other_channels_is_refused_before_work(monkeypatch):
