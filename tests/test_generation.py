@@ -194,7 +194,7 @@ def test_a_finished_folder_is_left_alone_and_another_recipe_is_refused(whole):
     ("argument", "words"),
     [
         ("--steps=0", "steps=0"), ("--num-images=0", "num_images=0"), ("--batch=-1", "batch=-1"),
-        ("--sampler=euler", "sampler=euler"), ("--labels=cats", "labels=cats"), ("--labels=3,5", "classes 0..4"),
+        ("--sampler=euler", "sampler='euler'"), ("--labels=cats", "labels=cats"), ("--labels=3,5", "classes 0..4"),
         ("--num-images=many", "many"), ("--nonsense", "nonsense"), ("--checkpoint=nowhere", "nowhere"),
         ("--grid-images=0", "grid-images=0"),
     ],
