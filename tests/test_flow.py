@@ -176,6 +176,7 @@ def test_samplers_are_those_that_fit_the_prediction():
 @pytest.mark.parametrize("sampler", ["euler", "heun"])
 def test_recorded_trajectories_of_sit(shared, sampler):
     """Ten steps with guidance of the first three channels, state by state; the weights and the noise are recorded as well."""
+    pytest.importorskip("torch", reason="reading a PyTorch checkpoint needs torch")
     folder = shared / "data" / "reference_io" / "trajectories" / "sit"
     if not folder.is_dir():
         pytest.skip("needs ../shared/data/reference_io/trajectories/sit (recorded trajectories of the original SiT)")
