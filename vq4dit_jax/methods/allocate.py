@@ -3,9 +3,9 @@
     minimise  sum_l s_l D(spec_l) / D(now_l)     subject to  sum_l bits(spec_l) <= budget
 
 s_l is the share of L_s + L_c, the error of the sampler's next step (`losses.step_distance`), that layer l has when it alone is
-quantized in its present form, summed over the steps of a trajectory. Such errors are assumed to add up. D is the error of a layer's
-outputs that a codebook leaves, and bits count codes with their padding and codewords. The sum is over few choices, so the
-minimum is found exactly.
+quantized in its present form, summed over the steps of a trajectory. Such errors are assumed to add up. D is the error of a
+layer's outputs that a codebook leaves, and bits count codes with their padding and codewords. The sum is over few choices, so
+the minimum is found exactly.
 """
 
 import dataclasses
