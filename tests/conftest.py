@@ -11,7 +11,11 @@ import pytest
 
 # JAX reads these when it is first imported; the processes that tests start inherit them.
 assert "jax" not in sys.modules, "something imported jax before tests/conftest.py could set its configuration"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2".strip()
+# Most of the suite's time is the compiler's. LLVM leaves programs as they are, unless the flag is given otherwise.
+_FLAGS = {"xla_force_host_platform_device_count": 2, "xla_backend_optimization_level": 0}
+for _flag, _value in _FLAGS.items():
+    if _flag not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{_flag}={_value}".strip()
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
@@ -32,6 +36,12 @@ hypothesis.settings.register_profile("vq4dit", deadline=None, derandomize="CI" i
 hypothesis.settings.load_profile("vq4dit")
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+def environment(devices: int) -> dict[str, str]:
+    """Of a child process with so many devices; the compiler's flags are those above."""
+    kept = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
+    return {**os.environ, "XLA_FLAGS": " ".join([*kept, f"--xla_force_host_platform_device_count={devices}"])}
 
 
 # Files that take minutes come first, so that no worker waits for another at the end.
@@ -55,6 +65,14 @@ def shared() -> pathlib.Path:
     if not folder.is_dir():
         pytest.skip("needs ../shared (data sets and models that are not in the repository)")
     return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_are_dropped():
+    """A file's programs leave memory with it: a process may have 65,530 mapped areas, and each program takes some of them."""
+    yield
+    if "jax" in sys.modules:
+        sys.modules["jax"].clear_caches()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -18,7 +18,7 @@ import hypothesis.strategies as st
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, environment
 from models import tiny
 
 import vq4dit_jax
@@ -38,14 +38,10 @@ COMMAND = [sys.executable, "-m", "vq4dit_jax.sample"]
 SMALL = ("--num-images=60", "--steps=3", "--batch=7", "--labels=random", "--grid-images=6")
 
 
-def _environment(devices: int = 1) -> dict[str, str]:
-    return {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-
-
 def _sample(checkpoint, out, *arguments, devices: int = 1) -> subprocess.CompletedProcess:
     return subprocess.run(
         [*COMMAND, f"--checkpoint={checkpoint}", f"--out={out}", *SMALL, *arguments],
-        cwd=ROOT, env=_environment(devices), capture_output=True, text=True,
+        cwd=ROOT, env=environment(devices), capture_output=True, text=True,
     )  # fmt: skip
 
 
@@ -110,7 +106,7 @@ def test_two_processes_make_the_same_file(whole, tmp_path):
     processes = [
         subprocess.Popen(
             [*COMMAND, f"--checkpoint={TRAINED}", f"--out={out}", *SMALL, *job, f"--process={i}"],
-            cwd=ROOT, env=_environment(2), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+            cwd=ROOT, env=environment(2), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         )
         for i in range(2)
     ]  # fmt: skip
@@ -128,7 +124,7 @@ def test_killed_and_resumed_on_other_devices_it_makes_the_same_file(whole, tmp_p
     shards = out / ".samples-shards"
     process = subprocess.Popen(
         [*COMMAND, f"--checkpoint={TRAINED}", f"--out={out}", *SMALL],
-        cwd=ROOT, env=_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        cwd=ROOT, env=environment(1), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     deadline = time.monotonic() + 120
     while not (shards.exists() and len(list(shards.glob("*.npy"))) >= 2):
@@ -169,7 +165,7 @@ def test_fifty_thousand_images_in_the_memory_of_one_batch(checkpoint, tmp_path):
         done = subprocess.run(
             [sys.executable, "-c", script, "vq4dit_jax.sample", f"--checkpoint={checkpoint}", f"--num-images={count}",
              f"--out={tmp_path / str(count)}", "--batch=500", "--sampler=ddim", "--steps=1", "--cfg-scale=1"],
-            cwd=ROOT, env=_environment(), capture_output=True, text=True,
+            cwd=ROOT, env=environment(1), capture_output=True, text=True,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         return int(done.stdout.split()[-1])

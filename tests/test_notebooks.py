@@ -5,6 +5,7 @@ import pathlib
 import re
 
 import pytest
+from conftest import environment
 
 pytestmark = pytest.mark.once
 
@@ -29,11 +30,12 @@ def _images(notebook) -> int:
 
 @pytest.fixture
 def execute(tmp_path, monkeypatch):
-    """Runs a notebook as a user would, but for its sizes: an empty folder, JAX's own settings, this tree's library."""
+    """Runs a notebook as a user would, in an empty folder, but for its sizes, the compiler's flags and this tree's library."""
     from nbclient import NotebookClient
 
-    for name in ("JAX_NUMPY_DTYPE_PROMOTION", "JAX_NUMPY_RANK_PROMOTION", "XLA_FLAGS"):
+    for name in ("JAX_NUMPY_DTYPE_PROMOTION", "JAX_NUMPY_RANK_PROMOTION"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("XLA_FLAGS", environment(1)["XLA_FLAGS"])
     monkeypatch.setenv("VQ4DIT_NOTEBOOK_SMALL", "1")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     # Nothing is read from or left in the user's settings.

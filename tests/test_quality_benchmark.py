@@ -273,10 +273,8 @@ def test_processes_end_together_and_the_next_run_goes_on(config, finished, tmp_p
     other.write_text(config.read_text().replace('"linear"', '""'))
     workdir = tmp_path / "work"
     process = [sys.executable, "-m", "benchmarks.quality", *_arguments(other, workdir, "--seeds=1", "--rows=fp")]
-    # They compile anew, for one device; not optimized, in half the time.
-    env = {**os.environ, "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_backend_optimization_level=0"}
     quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    first = subprocess.Popen(process, cwd=ROOT, env=env, **quiet)
+    first = subprocess.Popen(process, cwd=ROOT, **quiet)
     deadline = time.monotonic() + 120
     while not (workdir / "fp" / "0" / "model" / "definition.json").exists():
         assert first.poll() is None and time.monotonic() < deadline
@@ -286,7 +284,7 @@ def test_processes_end_together_and_the_next_run_goes_on(config, finished, tmp_p
     with open(workdir / "fp" / "0" / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the child's, for as long as it lives
     assert not (workdir / "fp" / "0" / "model" / "figures.json").exists()
-    done = subprocess.run(process, cwd=ROOT, env=env, capture_output=True, text=True)
+    done = subprocess.run(process, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "1 of 4 rows" in done.stdout
     row = _read(workdir / "table.json")["rows"][0]

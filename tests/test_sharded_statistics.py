@@ -1,6 +1,5 @@
 """Statistics of images do not depend, to the last bit, on how many devices and processes have computed them."""
 
-import os
 import pathlib
 import pickle
 import socket
@@ -9,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+from conftest import environment
 
 from vq4dit_jax.evaluation import StreamingMoments, iterate_features, load_classifier, streaming
 
@@ -32,8 +32,7 @@ with open(target, "wb") as file:
 
 
 def start(devices: int, *arguments: str | pathlib.Path) -> subprocess.Popen:
-    env = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-    return subprocess.Popen([sys.executable, "-c", PROGRAM, *map(str, arguments)], cwd=ROOT, env=env)
+    return subprocess.Popen([sys.executable, "-c", PROGRAM, *map(str, arguments)], cwd=ROOT, env=environment(devices))
 
 
 @pytest.mark.once
