@@ -98,9 +98,11 @@ def test_integer_products_are_those_of_values_rounded_in_float64(weights):
     rng = np.random.default_rng(0)
     x = rng.standard_normal((6, 128)).astype(ml_dtypes.bfloat16)
     leaf = dense()["blocks"]["mlp"]["fc1"]
-    fake = lambda a, limit: np.rint(a / (s := np.abs(a).max(-1, keepdims=True) / limit)) * s
-    w = np.asarray(leaf["kernel"], np.float64)[1].T
-    wanted = fake(x.astype(np.float64), 127) @ fake(w, 127 if weights == "int8" else 7).T
+    scale = lambda a, limit: np.abs(a).max(-1, keepdims=True) / limit
+    fake = lambda a, s, most: np.clip(np.rint(a / s), -most - 1, most) * s
+    w, most = np.asarray(leaf["kernel"], np.float64)[1].T, 127 if weights == "int8" else 7
+    tokens = x.astype(np.float64)
+    wanted = fake(tokens, scale(tokens, 127), 127) @ fake(w, scale(w, most + 0.5).astype(np.float16), most).T
     wanted += np.asarray(leaf["bias"], np.float64)[1]
     wanted = gelu(wanted)
     operand, scale = ops.quantize_tokens(jnp.asarray(x), jnp.int8)

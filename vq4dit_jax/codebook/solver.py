@@ -6,10 +6,9 @@ A Linear's mean squared output error under inputs with second moments H = E[x x^
 
 k-means minimises it for H = I. Three steps, each of a few matrix products, minimise it for any H:
 
-  feedback       A, from left to right; the error of a sub-vector is compensated in those to its right: GPTQ's
-                 rule with a codebook for a quantizer (Frantar et al. 2023, arXiv 2210.17323; van Baalen et al. 2024,
-                 GPTVQ, arXiv 2402.15319, algorithm 1). With H^-1 = U^T U, U upper triangular and b the columns of a
-                 sub-vector: a = argmin_k |(w_b - c_k) U_bb^-1|^2, and w_right <- w_right - (w_b - c_a) U_bb^-1 U_b,right
+  feedback       A, from left to right; the error of a sub-vector is compensated in those to its right
+                 (`integer.feedback`): a = argmin_k |(w_b - c_k) U_bb^-1|^2 for the columns b of a sub-vector
+                 (van Baalen et al. 2024, GPTVQ, arXiv 2402.15319, algorithm 1)
   descend        A, one sub-vector of each row at a time, the others held: e is a square with curvature H_bb around the
                  target t_b = c_a + ((W - C[A]) H)_b H_bb^-1, so a = argmin_k (t_b - c_k) H_bb (t_b - c_k)^T
   fit_codebook   C for given A: linear least squares, by conjugate gradients
@@ -28,6 +27,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.soft_weights import soft_weights
 from vq4dit_jax.codebook.first_smallest import first_smallest
+from vq4dit_jax.integer.feedback import feed_back
 
 DAMPING = 1e-3
 """Added to the diagonal of H, in units of its mean: it gives directions without inputs a small weight and makes H
@@ -60,25 +60,17 @@ def error(weight: Weight, moments: Moments, codebook: Codebook, codes: Codes) ->
 
 def feedback(weight: Weight, moments: Moments, codebook: Codebook) -> Codes:
     """Assignments from left to right with error feedback (GPTVQ)."""
-    groups, _, d = codebook.shape
-    width = weight.shape[1]
+    d, width = codebook.shape[-1], weight.shape[1]
     # The Cholesky factor in reverse order: H = R R^T with R upper triangular, hence U = R^-1, and U_bb^-1 = R_bb.
     root = jnp.linalg.cholesky(moments[::-1, ::-1])[::-1, ::-1]
     upper = jax.scipy.linalg.solve_triangular(root, jnp.eye(width), lower=False)
 
-    def step(b: Int[Array, ""], state: tuple[Weight, Codes]) -> tuple[Weight, Codes]:
-        left, codes = state
-        rows = lax.dynamic_slice(upper, (b * d, 0), (d, width))
+    def choose(wanted: Float[Array, "d O"], b: Int[Array, ""]) -> tuple[Int[Array, "1 O"], Float[Array, "d O"]]:
         inverse = lax.dynamic_slice(root, (b * d, b * d), (d, d))
-        wanted = lax.dynamic_slice(left, (0, b * d), (len(left), d))
-        chosen = _nearest(wanted, inverse @ inverse.T, codebook)
-        lost = (wanted - decode(codebook, chosen[:, None])) @ inverse
-        to_the_right = jnp.arange(width) >= (b + 1) * d
-        left = left - lost @ jnp.where(to_the_right[None], rows, 0.0)
-        return left, lax.dynamic_update_slice(codes, chosen[:, None], (0, b))
+        chosen = _nearest(wanted.T, inverse @ inverse.T, codebook)
+        return chosen[None], ((wanted.T - decode(codebook, chosen[:, None])) @ inverse).T
 
-    start = jnp.zeros((len(weight), width // d), jnp.int32)
-    return lax.fori_loop(0, width // d, step, (weight, start))[1]
+    return feed_back(weight, upper, choose, d=d)[0].T
 
 
 def descend(weight: Weight, moments: Moments, codebook: Codebook, codes: Codes) -> Codes:

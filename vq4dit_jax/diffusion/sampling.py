@@ -1,21 +1,19 @@
 """Sampling: a trajectory that nothing observes, cut over this process's devices."""
 
 import functools
-from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Float, UInt8
 
 from vq4dit_jax.diffusion import trajectory
-from vq4dit_jax.diffusion.keys import image_keys
-from vq4dit_jax.diffusion.samplers import sampler_for
-from vq4dit_jax.errors import InputError
 
 
 @functools.partial(jax.jit, static_argnames=("network", "mesh", "sampler", "hoist", "every_step"))
-def _sample(network, mesh, sampler, params, problem, sched, scale, initial, *, hoist, every_step):
+def run_on_devices(network, mesh, sampler, params, problem, sched, scale, initial, *, hoist, every_step):
+    """`trajectory.run`'s images (or those of every step), with the batch cut over the mesh, which divides it."""
+
     def on_one_device(params, problem, sched, scale, initial):
         how = dict(hoist=hoist, initial=initial, every_step=every_step)
         return trajectory.run(network, sampler, sched, params, problem, scale, **how)[0]
@@ -41,60 +39,6 @@ def batch_mesh() -> Mesh:
 def replicated() -> NamedSharding:
     """A copy on each of this process's devices."""
     return NamedSharding(batch_mesh(), PartitionSpec())
-
-
-def sample_network(
-    network: Any,
-    params: Any,
-    cond: Any,
-    *,
-    key: jax.Array,
-    null: Any = None,
-    num_steps: int = 250,
-    sampler: str | None = None,
-    cfg_scale: float = 1.5,
-    indices: jax.typing.ArrayLike | None = None,
-    initial: Any = None,
-    every_step: bool = False,
-    hoist: bool = False,
-) -> Float[Array, "..."]:
-    """Samples in model space; `networks.sampling.sample` is the public form and says what the arguments are."""
-    chosen = sampler_for(network.process, sampler)
-    cond = network.conditioning.check(cond)
-    count = jax.tree.leaves(cond)[0].shape[0] if jax.tree.leaves(cond) else len(indices)
-    if cfg_scale == 1.0:
-        null = None
-    elif null is None:
-        null = network.conditioning.null(params, cond)
-    else:
-        null = network.conditioning.check(null)
-    sched = network.process.schedule(num_steps)
-    mesh = batch_mesh()
-    padded = -(-count // mesh.size) * mesh.size
-    rows, everywhere = NamedSharding(mesh, PartitionSpec("batch")), NamedSharding(mesh, PartitionSpec())
-    fill = lambda a: jax.device_put(np.resize(np.asarray(a), (padded, *a.shape[1:])), rows)
-    numbers = np.resize(np.arange(count) if indices is None else np.asarray(indices), padded)
-    keys = jax.device_put(image_keys(key, numbers), rows)
-    problem = trajectory.Problem(keys, jax.tree.map(fill, cond), None if null is None else jax.tree.map(fill, null))
-    if initial is not None:
-        wanted = (count, *network.sample_shape)
-        if np.shape(initial) != wanted:
-            raise InputError(f"initial has shape {np.shape(initial)}; wanted {wanted}")
-        initial = fill(np.asarray(initial, np.float32))
-    put = lambda tree: jax.device_put(tree, everywhere)
-    images = _sample(
-        network,
-        mesh,
-        chosen,
-        put(params),
-        problem,
-        put(sched),
-        np.float32(cfg_scale),
-        initial,
-        hoist=hoist,
-        every_step=every_step,
-    )
-    return images[:, :count] if every_step else images[:count]
 
 
 def to_uint8(images: Float[np.ndarray, "..."]) -> UInt8[np.ndarray, "..."]:

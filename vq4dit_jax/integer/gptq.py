@@ -1,14 +1,8 @@
 """GPTQ (Frantar et al. 2023, arXiv 2210.17323): columns are rounded in turn, and the others compensate the error.
 
-For tr((W - Q) H (W - Q)^T), H the second moments of the inputs, and U upper triangular with H^-1 = U^T U (algorithm 1):
-
-    q_j = nearest point of column j's grid to w_j
-    e_j = (w_j - q_j) / U_jj
-    w_k -= U_jk e_j    for the columns k > j that are yet to be rounded
-
-With H dampened by a share of its mean diagonal, the error of a row is then sum_j e_j^2. The columns go by in the order of
-falling H_jj (act-order) and in blocks; the later blocks get all of a block's updates in one product. Grids are those of W
-before any update (static groups), so they do not depend on the order.
+`feedback.feed_back` with the nearest point of column j's grid to w_j, where H, the second moments of the inputs, is dampened
+by a share of its mean diagonal. The columns go by in the order of falling H_jj (act-order). Grids are those of W before any
+update (static groups), so they do not depend on the order.
 
 Rows do not depend on each other, so each takes, of several clipped grids, the one with the smallest error for it.
 """
@@ -19,8 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Int, UInt8
 
+from vq4dit_jax.integer.feedback import feed_back
 from vq4dit_jax.integer.grids import Grid, codes, expand, fit_grid, quantize
 
 DAMPENING = 0.01
@@ -48,39 +43,14 @@ def round_columns(
     weight: Float[Array, "O I"], factor: Float[Array, "I I"], grid: Grid, bits: int, block: int = _BLOCK
 ) -> tuple[Float[Array, "O I"], Float[Array, " O"]]:
     """(Q, error of each row) for columns in their order, U and the grid of every weight (`grids.expand`)."""
-    rows, columns = weight.shape
-    block = min(block, columns)
-    missing = -columns % block
-    # Columns lead, because they are read and written one by one; the last block is filled up with columns of zeros.
-    pad = lambda a: jnp.pad(a.T, ((0, missing), (0, 0)))
-    u = jnp.pad(factor, ((0, missing), (0, missing))) + jnp.diag(
-        (jnp.arange(columns + missing) >= columns).astype(jnp.float32)
-    )
-    scale, zero = pad(grid.scale), pad(grid.zero)
+    scale, zero = (a.T for a in grid)
 
-    def next_block(start, state):
-        rest, rounded, total = state
-        cut = lambda a: jax.lax.dynamic_slice_in_dim(a, start * block, block)
-        across = cut(u)
-        within = jax.lax.dynamic_slice_in_dim(across, start * block, block, axis=1)
-        s, z = cut(scale), cut(zero)
+    def choose(w: Float[Array, "1 O"], j: Int[Array, ""]) -> tuple[Float[Array, "1 O"], Float[Array, "1 O"]]:
+        q = scale[j] * (quantize(w[0], scale[j], zero[j], bits) - zero[j])
+        return q[None], ((w[0] - q) / factor[j, j])[None]
 
-        def next_column(j, state):
-            w, q, e = state
-            q_j = s[j] * (quantize(w[j], s[j], z[j], bits) - z[j])
-            e_j = (w[j] - q_j) / within[j, j]
-            return w - within[j][:, None] * e_j[None], q.at[j].set(q_j), e.at[j].set(e_j)
-
-        empty = jnp.zeros((block, rows))
-        _, q, e = jax.lax.fori_loop(0, block, next_column, (cut(rest), empty, empty))
-        # Earlier columns of `across` are 0, and those of this block are not read again.
-        rest = rest - jnp.matmul(across.T, e, precision=jax.lax.Precision.HIGHEST)
-        rounded = jax.lax.dynamic_update_slice_in_dim(rounded, q, start * block, 0)
-        return rest, rounded, total + jnp.square(e).sum(0)
-
-    start = (pad(weight), jnp.zeros((columns + missing, rows)), jnp.zeros(rows))
-    _, rounded, total = jax.lax.fori_loop(0, (columns + missing) // block, next_block, start)
-    return rounded[:columns].T, total
+    rounded, total = feed_back(weight, factor, choose, block=block)
+    return rounded.T, total
 
 
 def quantize_weight(

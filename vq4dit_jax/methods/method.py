@@ -25,10 +25,6 @@ class Model(NamedTuple):
     name: str
     passes: tuple[Pass, ...]
 
-    @property
-    def title(self) -> str:
-        return TITLES.get(self.name, self.name)
-
 
 def _vq4dit(kmeans: KMeans, settings: Mapping[str, Any]) -> tuple[Model, ...]:
     return Model("kmeans", (kmeans,)), Model("vq4dit", vq4dit.passes(settings))

@@ -12,7 +12,7 @@ from jaxtyping import Float
 
 from pallas_kernels import nibbles
 from pallas_kernels.reference_norm import largest_quantized
-from pallas_kernels.weights import ByteWeights, NibbleWeights, PreparedLinear, pair_rows
+from pallas_kernels.weights import NibbleWeights, PreparedLinear, pair_rows
 from vq4dit_jax.diffusion import trajectory
 from vq4dit_jax.errors import InputError
 from vq4dit_jax.networks.dit import DiT
@@ -20,10 +20,11 @@ from vq4dit_jax.networks.network import random_problem
 from vq4dit_jax.networks.prepared import PreparedBlocks
 from vq4dit_jax.qarray import is_quantized
 from vq4dit_jax.qarray.parts import split_runs
+from vq4dit_jax.qarray.spec import IntSpec
 from vq4dit_jax.qarray.tree import densify
 
 ACTIVATIONS = {None: jnp.bfloat16, "int8": jnp.int8, "e4m3": jnp.float8_e4m3fn}
-WEIGHTS = (None, "int8", "int4")
+WEIGHTS = {"int8": IntSpec(8, None, "symmetric"), "int4": IntSpec(4, nibbles.COLUMNS, "symmetric")}
 _RANGES = ("attn/proj", "mlp/fc2")
 """Layers whose operands are quantized with a fixed scale."""
 _ADALN_TABLE_BYTES = 32768
@@ -43,8 +44,8 @@ def prepare_for_inference(
       params: packed (`quantize`, `load_quantized`) where `weights` is None; else dense.
       activations: None for bfloat16, "int8" or "e4m3" for 8 bits: by token before every Linear, where codebooks are
         8 bits too with a scale each (W2A8, W3A8).
-      weights: "int8" (a scale for each row: W8A8) or "int4" (a scale for each row and 128 inputs: W4A8), with
-        `activations` of "int8"; ViDiT-Q, arXiv 2406.02540.
+      weights: "int8" (a scale for each row: W8A8) or "int4" (a scale for each row and 128 inputs: W4A8), rounded to the
+        nearest on symmetric grids (`integer.grids`), with `activations` of "int8"; ViDiT-Q, arXiv 2406.02540.
       ranges: of `activation_ranges`; then what proj and fc2 read is quantized where it is made, with a fixed scale for
         each layer. Without them it is written in bfloat16 and read again, to quantize by token.
 
@@ -53,7 +54,7 @@ def prepare_for_inference(
     """
     if activations not in ACTIVATIONS:
         raise InputError(f"activations={activations!r}: wanted None, 'int8' or 'e4m3'")
-    if weights not in WEIGHTS:
+    if weights is not None and weights not in WEIGHTS:
         raise InputError(f"weights={weights!r}: wanted None (packed codebooks), 'int8' or 'int4'")
     if weights and activations != "int8":
         raise InputError(f"weights={weights!r} go with activations='int8', not {activations!r}")
@@ -167,15 +168,18 @@ def _prepare_linear(
     """`as_one`: the layers' rows one after the other, as a stack of one. `result_scale`, `operand_scale` (L,)."""
     kernel, paired = leaf["kernel"], result_scale is not None
     try:
-        if weights is None:
-            if not is_quantized(kernel):
+        if weights is not None:
+            if is_quantized(kernel):
                 raise InputError(
-                    f"blocks/{name}/kernel is a {type(kernel).__name__}; wanted packed weights: quantize first, or give weights="
+                    f"blocks/{name}/kernel is a {type(kernel).__name__}; weights={weights!r} are made of dense ones: dequantize"
                 )
-            table = _ADALN_TABLE_BYTES if as_one else 0
-            packed, row_scale = kernel.prepare(dtype, as_one=as_one, paired_rows=paired, table_bytes=table)
-        else:
-            packed, row_scale = _integers(name, kernel, weights, as_one, paired)
+            kernel = WEIGHTS[weights].quantize(np.asarray(kernel, np.float32).swapaxes(-1, -2), jax.random.key(0))
+        elif not is_quantized(kernel):
+            raise InputError(
+                f"blocks/{name}/kernel is a {type(kernel).__name__}; wanted packed weights: quantize first, or give weights="
+            )
+        table = _ADALN_TABLE_BYTES if as_one else 0
+        packed, row_scale = kernel.prepare(dtype, as_one=as_one, paired_rows=paired, table_bytes=table)
     except ValueError as e:
         raise InputError(f"blocks/{name}/kernel has no form for the kernels: {e}") from e
     bias = np.asarray(leaf["bias"], np.float32)
@@ -190,27 +194,3 @@ def _prepare_linear(
     flat = lambda a: None if a is None else jnp.asarray(a.reshape(1, -1) if as_one else a)
     result = None if result_scale is None else jnp.asarray(result_scale, jnp.float32)
     return PreparedLinear(packed, flat(bias), flat(row_scale), result)
-
-
-def _integers(name: str, kernel: Any, weights: str, as_one: bool, paired: bool) -> tuple[Any, np.ndarray | None]:
-    if is_quantized(kernel):
-        raise InputError(
-            f"blocks/{name}/kernel is a {type(kernel).__name__}; weights={weights!r} are made of dense ones: dequantize"
-        )
-    w = np.asarray(kernel, np.float32).swapaxes(-1, -2)
-    w = w.reshape(1, -1, w.shape[-1]) if as_one else w
-    columns = w.shape[-1]
-    w = np.pad(w, ((0, 0), (0, 0), (0, -columns % nibbles.COLUMNS)))
-    layers, rows, _ = w.shape
-    if weights == "int8":
-        scale = np.maximum(np.abs(w).max(-1, keepdims=True), 1e-12) / 127
-        values = np.rint(w / scale).astype(np.int8)
-        row_scale = scale[..., 0].astype(np.float32)
-        row_scale = row_scale.reshape(kernel.shape[0], -1)
-        return ByteWeights(jnp.asarray(pair_rows(values) if paired else values), columns, paired), row_scale
-    grouped = w.reshape(layers, rows, -1, nibbles.COLUMNS)
-    scale = np.maximum(np.abs(grouped).max(-1), 1e-12) / 7
-    values = np.clip(np.rint(grouped / scale[..., None]), -8, 7).astype(np.int8).reshape(w.shape)
-    scale = pair_rows(scale) if paired else scale
-    scales = np.ascontiguousarray(scale.swapaxes(1, 2), np.float32)
-    return NibbleWeights(jnp.asarray(nibbles.pack(values, paired)), jnp.asarray(scales), columns, paired), None

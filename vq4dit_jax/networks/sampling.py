@@ -3,9 +3,15 @@
 from typing import Any
 
 import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
-from vq4dit_jax.diffusion.sampling import sample_network
+from vq4dit_jax.diffusion.keys import image_keys
+from vq4dit_jax.diffusion.samplers import sampler_for
+from vq4dit_jax.diffusion.sampling import batch_mesh, replicated, run_on_devices
+from vq4dit_jax.diffusion.trajectory import Problem
+from vq4dit_jax.errors import InputError
 from vq4dit_jax.networks.network import as_network
 
 
@@ -43,17 +49,40 @@ def sample(
 
     Raises InputError for a sampler that does not fit, steps out of range, a condition that is none, or guidance without a null.
     """
-    return sample_network(
-        as_network(model),
-        params,
-        cond,
-        key=key,
-        null=null,
-        num_steps=num_steps,
-        sampler=sampler,
-        cfg_scale=cfg_scale,
-        indices=indices,
-        initial=initial,
-        every_step=trajectory,
+    network = as_network(model)
+    chosen = sampler_for(network.process, sampler)
+    cond = network.conditioning.check(cond)
+    count = jax.tree.leaves(cond)[0].shape[0] if jax.tree.leaves(cond) else len(indices)
+    if cfg_scale == 1.0:
+        null = None
+    elif null is None:
+        null = network.conditioning.null(params, cond)
+    else:
+        null = network.conditioning.check(null)
+    sched = network.process.schedule(num_steps)
+    mesh, everywhere = batch_mesh(), replicated()
+    rows = NamedSharding(mesh, PartitionSpec("batch"))
+    padded = -(-count // mesh.size) * mesh.size
+    fill = lambda a: jax.device_put(np.resize(np.asarray(a), (padded, *a.shape[1:])), rows)
+    numbers = np.resize(np.arange(count) if indices is None else np.asarray(indices), padded)
+    keys = jax.device_put(image_keys(key, numbers), rows)
+    problem = Problem(keys, jax.tree.map(fill, cond), None if null is None else jax.tree.map(fill, null))
+    if initial is not None:
+        wanted = (count, *network.sample_shape)
+        if np.shape(initial) != wanted:
+            raise InputError(f"initial has shape {np.shape(initial)}; wanted {wanted}")
+        initial = fill(np.asarray(initial, np.float32))
+    put = lambda tree: jax.device_put(tree, everywhere)
+    images = run_on_devices(
+        network,
+        mesh,
+        chosen,
+        put(params),
+        problem,
+        put(sched),
+        np.float32(cfg_scale),
+        initial,
         hoist=hoist_modulations,
+        every_step=trajectory,
     )
+    return images[:, :count] if trajectory else images[:count]

@@ -5,12 +5,13 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 from xml.etree import ElementTree
 
+from vq4dit_jax.methods.method import TITLES
+
 Element = ElementTree.Element
 Content = Element | str | None
 
 Figures = dict[str, Any]
 
-_TITLES = {"fp": "Full precision", "kmeans": "k-means", "vq4dit": "VQ4DiT", "quantized": "Quantized"}
 _DEFAULT = ("fp", "kmeans", "vq4dit")
 DASH = "—"  # stands for a figure that was not computed
 
@@ -148,8 +149,9 @@ def duration(seconds: Any) -> str:
 
 
 def title_of(model: str) -> str:
-    """The title of a model, by its name in the metrics."""
-    return _TITLES.get(model, model)
+    """The title of a model, by its name in the metrics, as a heading has it."""
+    title = TITLES.get(model, model)
+    return title if title.startswith("k-") else title[:1].upper() + title[1:]
 
 
 def models_of(metrics: Figures) -> list[str]:
