@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import vq4dit_jax as vq
@@ -26,6 +26,7 @@ def test_bins_are_those_of_numpy():
     np.testing.assert_array_equal(np.asarray(tune.histogram_of(jnp.asarray(ratios))), wanted)
 
 
+@settings(max_examples=20)  # each shape is a program of its own
 @given(
     rows=st.integers(1, 6).map(lambda n: 4 * n),
     codes=st.integers(1, 9),
