@@ -3,7 +3,7 @@
 
 VENV        ?= .venv
 PYTHON      ?= $(shell for p in python3.11 python3.12 python3; do $$p -c pass 2>/dev/null && { echo $$p; break; }; done)
-WORKDIR     ?= runs/cifar10_w2
+WORKDIR     ?= runs/demo
 PYTEST_ARGS ?=
 PIP         := $(VENV)/bin/python -m pip
 # The pinned versions for the Python inside $(VENV).
@@ -16,7 +16,7 @@ comma       := ,
 .PHONY: demo test lock clean
 
 demo: $(VENV)/installed-demo
-	$(VENV)/bin/python -m vq4dit_jax.main --config=configs/cifar10_w2.py --workdir=$(WORKDIR)
+	$(VENV)/bin/python -m vq4dit_jax.main --config=configs/demo.py --workdir=$(WORKDIR)
 	@echo "The report is $(WORKDIR)/report.html"
 
 test: $(VENV)/installed-test$(AOT)

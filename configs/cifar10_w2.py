@@ -1,4 +1,4 @@
-"""The demo: the built-in CIFAR-10 DiT (5.5 million parameters) at 2 bits a weight, from end to end.
+"""The built-in CIFAR-10 DiT (5.5 million parameters) at 2 bits a weight, from end to end. configs/demo.py is shorter.
 
 Costs: a quarter of an hour on two CPU cores, 4 GB of memory; nothing is downloaded.
 Gives: the packed model, sampled beside the original, and report.html. The pictures of both show the same things.

@@ -64,6 +64,16 @@ def test_layers_solved_side_by_side_are_those_solved_one_by_one(given, monkeypat
     jax.tree.map(np.testing.assert_array_equal, several, layerwise.solve(teacher, packed, moments, rounds=1))
 
 
+def test_passes_share_the_moments_whatever_the_order_of_the_tree(given):
+    """An allocation replaces leaves, and may hand on a tree in another order."""
+    model, teacher, packed = given
+    reverse = lambda tree: {k: reverse(tree[k]) for k in reversed(tree)} if isinstance(tree, dict) else tree
+    run = methods.begin(model, teacher, jax.random.key(0))
+    first = layerwise.moments_for(run, packed, 2, 1.5)
+    assert quantized_paths(reverse(packed)) != quantized_paths(packed)
+    assert layerwise.moments_for(run, reverse(packed), 2, 1.5) is first
+
+
 def test_an_allocation_keeps_the_budget_and_what_is_not_quantized(given, by_layers):
     _, teacher, packed = given
     hard, _ = by_layers

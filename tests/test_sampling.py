@@ -43,7 +43,7 @@ def test_image_i_is_the_same_in_any_batch(sampler):
 def test_one_device_gives_what_two_give(monkeypatch):
     two = _sample()
     one = jax.make_mesh((1,), ("batch",), devices=jax.devices()[:1], axis_types=(jax.sharding.AxisType.Auto,))
-    monkeypatch.setattr(sampling, "batch_mesh", lambda: one)
+    monkeypatch.setattr("vq4dit_jax.networks.sampling.batch_mesh", lambda: one)
     np.testing.assert_allclose(_sample(), two, atol=2e-4 * np.abs(two).max())
 
 

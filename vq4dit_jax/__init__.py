@@ -21,6 +21,8 @@ _HOME = {
     "IntSpec": "vq4dit_jax.qarray.spec",
     "KEEP": "vq4dit_jax.qarray.rules",
     "Network": "vq4dit_jax.networks.network",
+    "OperandArray": "vq4dit_jax.qarray.operand",
+    "OperandSpec": "vq4dit_jax.qarray.operand",
     "VQArray": "vq4dit_jax.qarray.vq",
     "VQSpec": "vq4dit_jax.qarray.spec",
     "activation_ranges": "vq4dit_jax.networks.inference",

@@ -67,7 +67,8 @@ def moments_for(run: Context, params: Any, images: int, cfg_scale: float) -> dic
 
     Memory: (I, I) float32 for each matrix, 3 GB for DiT-XL/2, and while they are collected twice that.
     """
-    paths = tuple(quantized_paths(params))
+    # Sorted, because an allocation that replaces leaves may change their order in the tree, and moments are of paths.
+    paths = tuple(sorted(quantized_paths(params)))
     wanted = ("moments", paths, images, cfg_scale)
     if wanted not in run.memo:
         network = run.network

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from vq4dit_jax.diffusion.keys import image_keys
 from vq4dit_jax.diffusion.samplers import sampler_for
-from vq4dit_jax.diffusion.sampling import batch_mesh, replicated, run_on_devices
+from vq4dit_jax.diffusion.sampling import batch_mesh, run_on_devices
 from vq4dit_jax.diffusion.trajectory import Problem
 from vq4dit_jax.errors import InputError
 from vq4dit_jax.networks.network import as_network
@@ -60,8 +60,8 @@ def sample(
     else:
         null = network.conditioning.check(null)
     sched = network.process.schedule(num_steps)
-    mesh, everywhere = batch_mesh(), replicated()
-    rows = NamedSharding(mesh, PartitionSpec("batch"))
+    mesh = batch_mesh()
+    rows, everywhere = NamedSharding(mesh, PartitionSpec("batch")), NamedSharding(mesh, PartitionSpec())
     padded = -(-count // mesh.size) * mesh.size
     fill = lambda a: jax.device_put(np.resize(np.asarray(a), (padded, *a.shape[1:])), rows)
     numbers = np.resize(np.arange(count) if indices is None else np.asarray(indices), padded)

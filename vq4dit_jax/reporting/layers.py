@@ -2,7 +2,10 @@
 
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 from vq4dit_jax.qarray.base import QuantizedArray
 from vq4dit_jax.qarray.tree import block_path, flatten, matrices
@@ -16,7 +19,7 @@ def layer_table(teacher: Any, kmeans: Any, packed: Any) -> list[dict[str, Any]]:
     rows = []
     for (path, block, before), (_, _, after) in zip(matrices(kmeans), matrices(packed), strict=True):
         weight = np.asarray(kernels[path] if block is None else kernels[path][block], np.float32).T
-        errors = {"kmeans_error": _error(before, weight), "final_error": _error(after, weight)}
+        errors = {"kmeans_error": float(_error(before, weight)), "final_error": float(_error(after, weight))}
         rows.append({**_describe(path, block, after), **errors})
     return rows
 
@@ -34,6 +37,8 @@ def _describe(path: str, block: int | None, leaf: QuantizedArray) -> dict[str, A
     }
 
 
-def _error(leaf: QuantizedArray, weight: np.ndarray) -> float:
-    decoded = np.asarray(leaf.decode(), np.float32)
-    return float(np.linalg.norm(decoded - weight) / max(np.linalg.norm(weight), np.finfo(np.float32).tiny))
+@jax.jit
+def _error(leaf: QuantizedArray, weight: Float[Array, "O I"]) -> Float[Array, ""]:
+    """One program for all matrices of a shape; decoded outside of one, each operation is compiled for itself."""
+    lost = jnp.linalg.norm(leaf.decode(jnp.float32) - weight)
+    return lost / jnp.maximum(jnp.linalg.norm(weight), jnp.finfo(jnp.float32).tiny)

@@ -16,7 +16,7 @@ from typing import Any
 from vq4dit_jax import files
 from vq4dit_jax.errors import InputError
 from vq4dit_jax.networks.registry import Model, describe
-from vq4dit_jax.qarray import integer, vq  # noqa: F401  (they register their kinds)
+from vq4dit_jax.qarray import integer, operand, vq  # noqa: F401  (they register their kinds)
 from vq4dit_jax.qarray.base import KINDS
 
 FORMAT, VERSION = files.MODEL_FORMAT, 2

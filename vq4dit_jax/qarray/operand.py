@@ -1,0 +1,259 @@
+"""`OperandArray`: a quantized weight whose operand is scaled, rotated and rounded before the product (ViDiT-Q).
+
+    y = A(x diag(t) Q) V^T      V = W diag(1 / t) Q, quantized;  A rounds activations;  Q Q^T = 1
+
+Without A this is x W_hat^T with W_hat = V Q^T diag(t). (Zhao et al. 2025, arXiv 2406.02540, section 3.2: t is 1 / s there.)
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from vq4dit_jax.errors import InputError
+from vq4dit_jax.integer import activations, hadamard
+from vq4dit_jax.qarray.base import KINDS, Cost, Json, QuantizedArray, integer_fact, matrix_fact, register, static
+from vq4dit_jax.qarray.spec import Spec, register_spec, spec_from_json
+
+
+@register
+class OperandArray(QuantizedArray):
+    """Attributes:
+    weight: V, a quantized leaf (*stack, O, I).
+    scale: t (*stack, I) floating, finite and positive; None: 1, or folded into what comes before.
+    signs: of the rotation, (*stack, I) int8 of 1 and -1; None: all 1.
+    rotation: inputs of a group of Q; 0: no rotation.
+    bits: of the activations; None: they are not rounded.
+    grid: of the activations, see `integer.activations`.
+    """
+
+    kind = "operand"
+    weight: Any
+    scale: Any
+    signs: Any
+    rotation: int = static()
+    bits: int | None = static()
+    grid: str = static()
+    matrix: tuple[int, int] = static()
+
+    @property
+    def stack(self) -> tuple[int, ...]:
+        return self.weight.stack
+
+    def moved(self, x: Float[Array, "*batch I"]) -> Float[Array, "*batch I"]:
+        """x diag(t) Q of one matrix, in the dtype of x."""
+        flat = lambda a: jnp.asarray(a).reshape((1,) * (x.ndim - 1) + (-1,))
+        if self.scale is not None:
+            x = x * flat(self.scale).astype(x.dtype)
+        return (
+            hadamard.rotate(x, self.rotation, None if self.signs is None else flat(self.signs)) if self.rotation else x
+        )
+
+    def operand(self, x: Float[Array, "*batch I"]) -> Float[Array, "*batch I"]:
+        """A(x diag(t) Q) of one matrix, in the dtype of x; gradients go through A as through the identity."""
+        moved = self.moved(x)
+        if self.bits is None:
+            return moved
+        rounded = activations.quantize(moved, self.bits, self.grid).decode()
+        return moved + jax.lax.stop_gradient(rounded - moved)
+
+    def matmul(self, x: Float[Array, "*batch I"]) -> Float[Array, "*batch O"]:
+        return self.weight.matmul(self.operand(x))
+
+    def decode(self, dtype: Any = None) -> Float[Array, "*stack O I"]:
+        weight = self.weight.decode(jnp.float32)
+        if self.rotation:
+            weight = hadamard.rotate_back(weight, self.rotation, self._rows(self.signs))
+        if self.scale is not None:
+            weight = weight * self._rows(self.scale)
+        return weight if dtype is None else weight.astype(dtype)
+
+    def arrays(self) -> dict[str, Any]:
+        inner = {f"weight/{name}": a for name, a in self.weight.arrays().items()}
+        own = {"scale": self.scale, "signs": self.signs}
+        return inner | {name: a for name, a in own.items() if a is not None}
+
+    def facts(self) -> dict[str, Json]:
+        return {
+            "shape": list(self.matrix),
+            "weight": {"kind": self.weight.kind, **self.weight.facts()},
+            "scaled": self.scale is not None,
+            "signed": self.signs is not None,
+            "rotation": self.rotation,
+            "bits": self.bits,
+            "grid": self.grid,
+        }
+
+    @classmethod
+    def restore(cls, arrays: Mapping[str, Any], facts: Mapping[str, Json], name: str) -> "OperandArray":
+        matrix = matrix_fact(facts, name)
+        inner = facts.get("weight")
+        kind = inner.get("kind") if isinstance(inner, Mapping) else None
+        if kind not in KINDS or kind == cls.kind:
+            raise InputError(
+                f"{name}: the manifest has a weight of kind {kind!r:.40}; wanted one of {', '.join(sorted(KINDS))}"
+            )
+        own = [key for key, there in (("scale", facts.get("scaled")), ("signs", facts.get("signed"))) if there]
+        mine = {key: a for key, a in arrays.items() if key in own}
+        rest = {key.removeprefix("weight/"): a for key, a in arrays.items() if key not in own}
+        if missing := sorted(set(own) - set(mine)):
+            raise InputError(f"array {name}/{missing[0]} is in the manifest and not in the file; it is damaged")
+        weight = KINDS[kind].restore(rest, inner, f"{name}/weight")
+        rotation = integer_fact(facts, "rotation", 0, matrix[1], name)
+        if rotation:
+            hadamard.check(rotation, matrix[1])
+        bits = None if facts.get("bits") is None else integer_fact(facts, "bits", 2, 8, name)
+        grid = facts.get("grid")
+        activations.check(bits or 8, grid)
+        out = cls(weight, mine.get("scale"), mine.get("signs"), rotation, bits, grid, matrix)
+        if weight.matrix != matrix:
+            raise InputError(
+                f"{name}: the manifest has matrices {matrix}, and its weight {weight.matrix}; it is damaged"
+            )
+        wanted = (*weight.stack, matrix[1])
+        for key, a in mine.items():
+            if a.shape != wanted:
+                raise InputError(f"{name}: {key} has shape {a.shape}; wanted {wanted}")
+        if out.scale is not None and not _positive(out.scale):
+            raise InputError(f"{name}: a scale is not finite and positive; the file is damaged, make it again")
+        if out.signs is not None and (np.abs(np.asarray(out.signs)) != 1).any():
+            raise InputError(f"{name}: a sign is neither 1 nor -1; the file is damaged, make it again")
+        return out
+
+    def cost(self) -> Cost:
+        inner = self.weight.cost()
+        of = lambda a: 0 if a is None else int(np.prod(a.shape)) * np.dtype(a.dtype).itemsize
+        return inner._replace(table_bytes=inner.table_bytes + of(self.scale) + of(self.signs))
+
+    # Everything else is the weight's own --------------------------------------------------------------------------
+
+    def tunable(self) -> dict[str, Any]:
+        return self.weight.tunable()
+
+    def spec(self) -> "OperandSpec":
+        return OperandSpec(
+            self.weight.spec(), self.bits, self.grid, self.rotation, self.signs is not None, self.scale is not None
+        )
+
+    def with_tuned(self, arrays: Mapping[str, Any]) -> "OperandArray":
+        return dataclasses.replace(self, weight=self.weight.with_tuned(arrays))
+
+    def scaled(self, factor: Any) -> "OperandArray":
+        return dataclasses.replace(self, weight=self.weight.scaled(factor))
+
+    def turned(self, weight: Float[Array, "*stack O I"]) -> Float[Array, "*stack O I"]:
+        """W diag(1 / t) Q, what `weight` stands for."""
+        if self.scale is not None:
+            weight = weight / self._rows(self.scale)
+        return hadamard.rotate(weight, self.rotation, self._rows(self.signs)) if self.rotation else weight
+
+    def _rows(self, a: Any) -> Array | None:
+        """(*stack, 1, I) float32 of what is given for each input."""
+        return None if a is None else jnp.asarray(a, jnp.float32)[..., None, :]
+
+    def solve(
+        self, kernel: Any, second: Any, block: Any = None, *, feedbacks: Any, rounds: Any
+    ) -> "OperandArray | None":
+        """The weight solved for V and for what it reads. Rounding of activations is left out."""
+        cut = lambda a: a if block is None else a[block]
+        kernel, second = _turned(self, cut(kernel), cut(second))
+        found = self.weight.solve(kernel, second, None, feedbacks=feedbacks, rounds=rounds)
+        return None if found is None else dataclasses.replace(self, weight=found)
+
+
+@jax.jit
+def _turned(leaf: OperandArray, kernel: Any, second: Any) -> tuple[Float[Array, "I O"], Float[Array, "I I"]]:
+    """(kernel of V, E[z z^T] of z = x diag(t) Q) of one matrix, from its kernel and E[x x^T]."""
+    half = leaf.moved(second.astype(jnp.float32))
+    return leaf.turned(kernel.T.astype(jnp.float32)).T, leaf.moved(half.T)
+
+
+def _positive(scale: Any) -> bool:
+    wide = np.asarray(scale, np.float32)
+    return bool(np.isfinite(wide).all() and (wide > 0).all())
+
+
+@register_spec
+class OperandSpec(Spec):
+    """A weight as `weight` says, whose operand is rotated and rounded.
+
+    Attributes:
+      weight: the spec of V, or its JSON.
+      bits, grid: of the activations, see `integer.activations`; None for no rounding.
+      rotation: inputs of a group; None: the largest of `hadamard.GROUPS` that divides the inputs; 0: none.
+      signed: random signs before the rotation.
+      scaled: there is a scale for every input, 1 until it is chosen (`balanced`).
+    """
+
+    kind = "operand"
+    weight: Any
+    bits: int | None = 8
+    grid: str = "symmetric"
+    rotation: int | None = None
+    signed: bool = False
+    scaled: bool = False
+
+    def __post_init__(self) -> None:
+        weight = spec_from_json(self.weight)
+        if weight is None or weight.kind == self.kind:
+            raise InputError(f"weight={self.weight!r:.60} of an operand spec: wanted the spec of a quantized weight")
+        object.__setattr__(self, "weight", weight)
+        activations.check(8 if self.bits is None else self.bits, self.grid)
+        if self.rotation:
+            hadamard.regular(self.rotation)
+
+    def _group(self, columns: int) -> int:
+        return hadamard.largest_group(columns) if self.rotation is None else self.rotation
+
+    def for_matrix(self, rows: int, columns: int) -> "OperandSpec":
+        return dataclasses.replace(self, weight=self.weight.for_matrix(rows, columns))
+
+    def with_dtype(self, dtype: Any) -> "OperandSpec":
+        return dataclasses.replace(self, weight=self.weight.with_dtype(dtype))
+
+    def check(self, path: str, rows: int, columns: int) -> None:
+        self.weight.check(path, rows, columns)
+        if group := self._group(columns):
+            try:
+                hadamard.check(group, columns)
+            except InputError as error:
+                raise InputError(f"parameter {path}: {error}") from error
+
+    def abstract(self, stack: tuple[int, ...], rows: int, columns: int) -> OperandArray:
+        of = lambda there, dtype: jax.ShapeDtypeStruct((*stack, columns), dtype) if there else None
+        return self._leaf(
+            self.weight.abstract(stack, rows, columns), of(self.scaled, jnp.float16), of(self.signed, jnp.int8)
+        )
+
+    def quantize(
+        self, weight: Float[np.ndarray, "*stack O I"], key: jax.Array, *, iterations: int = 100
+    ) -> OperandArray:
+        return self.balanced(weight, np.ones((*weight.shape[:-2], weight.shape[-1]), np.float32), key, iterations)
+
+    def balanced(
+        self,
+        weight: Float[np.ndarray, "*stack O I"],
+        scale: Float[np.ndarray, "*stack I"],
+        key: jax.Array,
+        iterations: int = 100,
+    ) -> OperandArray:
+        """The leaf with these t (not read where the spec is not `scaled`), stored as float16."""
+        *stack, _, columns = weight.shape
+        signs = None
+        if self.signed:
+            signs = 2 * jax.random.bernoulli(jax.random.fold_in(key, 1), 0.5, (*stack, columns)).astype(jnp.int8) - 1
+        leaf = self._leaf(None, jnp.asarray(scale, jnp.float16) if self.scaled else None, signs, weight.shape[-2:])
+        turned = np.asarray(leaf.turned(jnp.asarray(weight, jnp.float32)))
+        return dataclasses.replace(leaf, weight=self.weight.quantize(turned, key, iterations=iterations))
+
+    def _leaf(self, weight: Any, scale: Any, signs: Any, matrix: Any = None) -> OperandArray:
+        matrix = tuple(weight.matrix if matrix is None else matrix)
+        return OperandArray(weight, scale, signs, self._group(matrix[1]), self.bits, self.grid, matrix)
+
+    def to_json(self) -> dict[str, Json]:
+        own = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {"kind": self.kind, **own, "weight": self.weight.to_json()}
