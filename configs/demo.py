@@ -2,7 +2,7 @@
 
 Costs: six minutes on two slow CPU cores (Zen 3), 4 GB of memory; nothing is downloaded.
 Gives: the packed model, sampled beside the original, and report.html. The pictures of both show the same things.
-Vary:  --config=configs/cifar10_w2.py      the same with 300 gradient steps, 400 images and 25 sampling steps: a quarter of an hour
+Vary:  --config=configs/cifar10_w2.py                           300 gradient steps, 400 images, 25 sampling steps: 15 minutes
        --config.sample.sampler=ddpm --config.sample.steps=50    the sampler of the benchmark
 """
 
