@@ -19,9 +19,8 @@ _FLAGS = {
     "xla_backend_optimization_level": 0,
     "xla_cpu_parallel_codegen_split_count": 1,
 }
-if importlib.metadata.version("jaxlib").startswith(
-    "0.10."
-):  # jaxlib 0.12 does not know it, and ends at a flag that it does not know
+# jaxlib 0.12 does not know this one, and a process ends at a flag that it does not know.
+if importlib.metadata.version("jaxlib").startswith("0.10."):
     _FLAGS["xla_cpu_use_fusion_emitters"] = "false"
 for _flag, _value in _FLAGS.items():
     if _flag not in os.environ.get("XLA_FLAGS", ""):
