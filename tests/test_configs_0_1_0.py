@@ -10,12 +10,15 @@ import pytest
 
 from vq4dit_jax import main as command
 from vq4dit_jax.errors import InputError
+from vq4dit_jax.methods import viditq
 from vq4dit_jax.run import config as configs
 from vq4dit_jax.run import programs
 
 FOLDER = pathlib.Path(__file__).parent / "data" / "configs_0.1.0"
 VALUES = json.loads((FOLDER / "values.json").read_text())
-NEW = {"method": "vq4dit", "calibration.variance": True}
+NEW = {"quantize.method": "vq4dit", "calibration.variance": True} | {
+    f"viditq.{k}": v for k, v in viditq.SETTINGS.items()
+}
 """Keys that 0.1.0 did not have, with the value that says what it did for the configs that it shipped."""
 PUBLISHED = ("paper/cifar10_w2.py", "released/cifar10_w2.py")
 

@@ -232,7 +232,7 @@ def test_rules_match_their_paths_alone():
 
 def test_a_small_part_of_the_inputs_is_kept_where_it_counts_on_its_own():
     """adaLN's case: what labels change is a small part of the inputs' energy, in directions of its own. Counted with all the rest
-    it is lost, though the whole is right; counted on its own (`moments.Probe.differences`) it is kept."""
+    it is lost, though the whole is right; counted on its own (`moments.Moments.differences`) it is kept."""
     rng = np.random.default_rng(0)
     weight = jnp.asarray(rng.standard_normal((96, 32)), jnp.float32)
     codebook = jnp.asarray(rng.standard_normal((1, 16, 4)), jnp.float32)

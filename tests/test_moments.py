@@ -10,7 +10,8 @@ import pytest
 from models import evaluations, tiny
 
 from vq4dit_jax.errors import InputError
-from vq4dit_jax.methods.moments import Probe, input_moments
+from vq4dit_jax.methods.moments import Moments, input_moments
+from vq4dit_jax.methods.probe import Probe
 from vq4dit_jax.networks.conditioning import ClassLabels
 from vq4dit_jax.networks.layers import layer_norm, modulate
 from vq4dit_jax.networks.network import Network, as_network
@@ -132,7 +133,9 @@ def test_every_layer_is_reached_and_has_a_positive_semi_definite_moment(moments)
 def test_a_probe_does_not_change_the_network(teacher, seen):
     flat = flax.traverse_util.flatten_dict(teacher, sep="/")
     zeros = {path: jnp.zeros((2, flat[path].shape[1])) for path in PATHS}
-    flat |= {path: Probe(flat[path], jnp.einsum("bi,bj->bij", zero, zero), zero) for path, zero in zeros.items()}
+    flat |= {
+        path: Probe(flat[path], (jnp.einsum("bi,bj->bij", zero, zero), zero), Moments()) for path, zero in zeros.items()
+    }
     probed = flax.traverse_util.unflatten_dict(flat, sep="/")
     output, _ = jax.jit(NETWORK.apply)(probed, seen[0].x, seen[0].t, seen[0].cond)
     wanted = np.asarray(seen[0].output)

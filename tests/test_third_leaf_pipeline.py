@@ -28,7 +28,7 @@ def finished(tmp_path_factory):
         (r".*", ()),
     )
     c.quantize.kmeans_iterations = 1
-    c.method = "rules"
+    c.quantize.method = "rules"
     c.sample.num_images, c.sample.batch, c.sample.steps, c.sample.grid_images = 2, 2, 2, 2
     configs.validate(c)
     pipeline.run(c, str(folder), "python -m vq4dit_jax.main")

@@ -2,15 +2,9 @@
 
 For a Linear y = W x, the mean of |W x - Q x|^2 over N inputs is tr((W - Q) H (W - Q)^T) with H = X^T X / N, X (N, I)
 (Frantar et al. 2023, arXiv 2210.17323, section 3, but for a factor of 2).
-
-A backward pass visits every Linear, also under `lax.scan` and rematerialisation, and collects one array for each use of a
-parameter. So a kernel is put in a `Probe` beside arrays of zeros (I, I) and (I,), whose "gradients" are defined to be
-X^T X / N and the mean of X.
-The probes below a probe are still visited, because the gradient of its input is defined as an array of zeros.
 """
 
 import dataclasses
-import functools
 import types
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -22,9 +16,9 @@ from jaxtyping import Array, Float
 
 from vq4dit_jax.diffusion import trajectory
 from vq4dit_jax.errors import InputError
+from vq4dit_jax.methods.probe import REFUSED, check_paths, refusal, rows_of, statistics
 from vq4dit_jax.networks.network import Network, as_network, check, random_problem
-from vq4dit_jax.qarray.base import Kernel
-from vq4dit_jax.qarray.tree import flatten, unflatten
+from vq4dit_jax.qarray.tree import flatten
 
 
 class InputMoments(NamedTuple):
@@ -54,60 +48,33 @@ class InputMoments(NamedTuple):
         return self.second - own / len(self.weights)
 
 
-@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Probe(Kernel):
-    """A dense kernel (*stack, I, O) that `linear` uses as it would the array; the gradient of `moments` is X^T X / N, that of
-    `means` the mean of X.
+class Moments:
+    """The statistic (X^T X / N, mean of X) of the rows X (N, I) that a Linear reads.
 
-    With `differences` > 0 those of x_label - x_null are added, scaled to that share of the trace: the first half of the rows
-    has labels, and the second is the same with the null label.
+    With `differences` > 0 those of x_label - x_null are added to the first, scaled to that share of its trace: the first half of
+    the rows has labels, and the second is the same with the null label.
     """
 
-    kernel: Any
-    moments: Any  # float32 (*stack, I, I)
-    means: Any  # float32 (*stack, I)
-    differences: float = dataclasses.field(default=0.0, metadata={"static": True})
+    differences: float = 0.0
 
-    def matmul(self, x: Float[Array, "*batch I"]) -> Float[Array, "*batch O"]:
-        """x @ kernel of one matrix (no stack axes)."""
-        return _probe(self.differences, x, self.kernel, self.moments, self.means)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _probe(differences: float, x: Array, kernel: Array, moments: Array, means: Array) -> Array:
-    return jnp.matmul(x, kernel.astype(x.dtype))
-
-
-def _forward(
-    differences: float, x: Array, kernel: Array, moments: Array, means: Array
-) -> tuple[Array, tuple[Array, Array]]:
-    return _probe(differences, x, kernel, moments, means), (x, kernel)
-
-
-def _backward(differences: float, residuals: tuple[Array, Array], _: Array) -> tuple[Array, Array, Array, Array]:
-    x, kernel = residuals
-    moments = _second_moments(x)
-    if differences:
-        label, null = jnp.split(x, 2)
-        found = _second_moments(label - null)
-        trace = jnp.trace(found)
-        moments += (
-            differences * found * jnp.where(trace > 0, jnp.trace(moments) / jnp.where(trace > 0, trace, 1.0), 0.0)
-        )
-    return jnp.zeros_like(x), jnp.zeros_like(kernel), moments, _rows(x).mean(0)
-
-
-def _rows(x: Float[Array, "*batch I"]) -> Float[Array, "N I"]:
-    return x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+    def __call__(self, x: Float[Array, "*batch I"]) -> tuple[Float[Array, "I I"], Float[Array, " I"]]:
+        moments = _second_moments(x)
+        if self.differences:
+            label, null = jnp.split(x, 2)
+            found = _second_moments(label - null)
+            trace = jnp.trace(found)
+            moments += (
+                self.differences
+                * found
+                * jnp.where(trace > 0, jnp.trace(moments) / jnp.where(trace > 0, trace, 1.0), 0.0)
+            )
+        return moments, rows_of(x).mean(0)
 
 
 def _second_moments(x: Float[Array, "*batch I"]) -> Float[Array, "I I"]:
-    rows = _rows(x)
+    rows = rows_of(x)
     return jnp.matmul(rows.T, rows, precision=jax.lax.Precision.HIGHEST) / len(rows)
-
-
-_probe.defvjp(_forward, _backward)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,32 +90,19 @@ class _Collect:
         """`given`: (the teacher's flat parameters, weights (N,) by path). Returns second moments times the step's weight, and
         means (N, *stack, I) that are zero but for the step's own."""
         flat, weights = given
-        zeros = {path: _zeros(flat[path]) for path in self.paths}
-
-        def probed(zeros: dict[str, Any]) -> Array:
-            probes = {
-                path: Probe(flat[path], *zeros[path], share)
-                for path, share in zip(self.paths, self.differences, strict=True)
-            }
-            params = unflatten(flat | probes)
-            output, blocks = self.network.run(params, evaluation.x, evaluation.t, evaluation.cond, blocks=True)
-            return sum(a.sum(dtype=jnp.float32) for a in jax.tree.leaves((output, blocks)))
+        wanted = {path: Moments(share) for path, share in zip(self.paths, self.differences, strict=True)}
+        found = statistics(self.network, flat, wanted, evaluation)
 
         def at_step(second: Array, mean: Array, weight: Array) -> tuple[Array, Array]:
             own = jnp.arange(self.num_steps) == evaluation.i
             return weight[evaluation.i] * second, jnp.where(own.reshape(-1, *(1,) * mean.ndim), mean[None], 0.0)
 
-        return {path: at_step(*pair, weights[path]) for path, pair in jax.grad(probed)(zeros).items()}
+        return {path: at_step(*pair, weights[path]) for path, pair in found.items()}
 
 
 @jax.jit
 def _traces(second: dict[str, Array]) -> dict[str, Array]:
     return {path: jnp.trace(a, axis1=-2, axis2=-1) for path, a in second.items()}
-
-
-def _zeros(kernel: Any) -> tuple[Array, Array]:
-    *stack, columns, _ = kernel.shape
-    return jnp.zeros((*stack, columns, columns)), jnp.zeros((*stack, columns))
 
 
 def input_moments(
@@ -175,22 +129,18 @@ def input_moments(
       cfg_scale: its guidance.
       weights: path -> what each step counts for this kernel, with the indices of the schedule and a mean of 1; steps count
         alike where a path has none.
-      differences: path -> what differences between a condition and the null count beside the whole, see `Probe`; nothing where
+      differences: path -> what differences between a condition and the null count beside the whole, see `Moments`; nothing where
         a path has none, and without guidance.
 
     Memory: two copies of the moments, (I, I) float32 for each matrix.
-    Raises InputError for a path that is no kernel of `params`, a network that cannot take a `Probe`, and a kernel that
+    Raises InputError for a path that is no kernel of `params`, a network that cannot take a `probe.Probe`, and a kernel that
     the network does not use.
     """
     network = model if isinstance(model, Network) else as_network(model, remat=True)
     check(network, params)
     flat = flatten(params)
     paths = tuple(paths)
-    for path in paths:
-        if getattr(flat.get(path), "ndim", 0) < 2:
-            raise InputError(
-                f"moments of {path!r}: wanted the path of a kernel (*stack, I, O), such as {_example(flat)}"
-            )
+    check_paths(flat, paths)
     shares = tuple(differences.get(path, 0.0) if cfg_scale != 1.0 else 0.0 for path in paths)
     collect = _Collect(network, paths, shares, num_steps)
     counts = {path: np.asarray(weights.get(path, np.ones(num_steps)), np.float32) for path in paths}
@@ -206,22 +156,10 @@ def input_moments(
             given=(flat, {path: count / np.float32(num_steps) for path, count in counts.items()}),
             reduce="sum",
         )
-    except (
-        TypeError,
-        ValueError,
-        AttributeError,
-    ) as error:  # what a user's function raises where it cannot take a probe
-        what = next(iter(str(error).strip().splitlines()), "")
-        raise InputError(
-            "moments are collected from Linears of vq4dit_jax.qarray.linear; this network does something else with "
-            f"the kernels at {', '.join(paths[:3])} ({type(error).__name__}: {what})"
-        ) from error
+    except REFUSED as error:
+        raise refusal(error, paths) from error
     found = {path: InputMoments(*total[path], counts[path]) for path in paths}
     for path, trace in _traces({path: one.second for path, one in found.items()}).items():
         if not (np.asarray(trace) > 0).all():
             raise InputError(f"moments of {path}: the network does not use this kernel, or its inputs are all zero")
     return found
-
-
-def _example(flat: dict[str, Any]) -> str:
-    return next((path for path, leaf in flat.items() if getattr(leaf, "ndim", 0) >= 2), "none of these params")

@@ -82,6 +82,11 @@ class QuantizedArray(Kernel):
 
     # What a new kind inherits -------------------------------------------------------------------------------------
 
+    @property
+    def has_scale(self) -> bool:
+        """Whether its operand has a scale for each input, which `methods.balance` chooses; `spec()` then has `balanced`."""
+        return False
+
     def matmul(self, x: Float[Array, "*batch I"]) -> Float[Array, "*batch O"]:
         weight = self.decode(x.dtype).astype(x.dtype)
         return jax.lax.dot_general(x, weight, (((x.ndim - 1,), (1,)), ((), ())))

@@ -22,13 +22,15 @@ from vq4dit_jax.qarray.spec import Spec, register_spec, spec_from_json
 
 @register
 class OperandArray(QuantizedArray):
-    """Attributes:
-    weight: V, a quantized leaf (*stack, O, I).
-    scale: t (*stack, I) floating, finite and positive; None: 1, or folded into what comes before.
-    signs: of the rotation, (*stack, I) int8 of 1 and -1; None: all 1.
-    rotation: inputs of a group of Q; 0: no rotation.
-    bits: of the activations; None: they are not rounded.
-    grid: of the activations, see `integer.activations`.
+    """A quantized weight V that reads A(x diag(t) Q).
+
+    Attributes:
+      weight: V, a quantized leaf (*stack, O, I).
+      scale: t (*stack, I) floating, finite and positive; None: 1, or folded into what comes before.
+      signs: of the rotation, (*stack, I) int8 of 1 and -1; None: all 1.
+      rotation: inputs of a group of Q; 0: no rotation.
+      bits: of the activations; None: they are not rounded.
+      grid: of the activations, see `integer.activations`.
     """
 
     kind = "operand"
@@ -43,6 +45,10 @@ class OperandArray(QuantizedArray):
     @property
     def stack(self) -> tuple[int, ...]:
         return self.weight.stack
+
+    @property
+    def has_scale(self) -> bool:
+        return self.scale is not None
 
     def moved(self, x: Float[Array, "*batch I"]) -> Float[Array, "*batch I"]:
         """x diag(t) Q of one matrix, in the dtype of x."""

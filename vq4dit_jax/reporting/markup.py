@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 from xml.etree import ElementTree
 
-from vq4dit_jax.methods.method import TITLES
+from vq4dit_jax.methods import method
 
 Element = ElementTree.Element
 Content = Element | str | None
@@ -150,7 +150,7 @@ def duration(seconds: Any) -> str:
 
 def title_of(model: str) -> str:
     """The title of a model, by its name in the metrics, as a heading has it."""
-    title = TITLES.get(model, model)
+    title = method.title(model)
     return title if title.startswith("k-") else title[:1].upper() + title[1:]
 
 

@@ -10,9 +10,9 @@ import ml_collections
 
 from vq4dit_jax.diffusion.samplers import SAMPLERS
 from vq4dit_jax.errors import InputError
-from vq4dit_jax.methods import method, vq4dit
+from vq4dit_jax.methods import method, viditq, vq4dit
 from vq4dit_jax.methods.kmeans import KMeans
-from vq4dit_jax.methods.method import Model
+from vq4dit_jax.methods.method import Model, Recipe
 from vq4dit_jax.methods.vq4dit import FINE, LAYERWISE
 from vq4dit_jax.networks import dit
 from vq4dit_jax.networks.rules import dit_rules
@@ -28,7 +28,6 @@ def default() -> ml_collections.ConfigDict:
     c = ml_collections.ConfigDict()
     c.seed = 0
     """Root of all randomness: k-means, trajectories, samples."""
-    c.method = "vq4dit"  # or "rules": what quantize.rules say, and no calibration
     c.beside = ()
     """Finished runs (workdirs) of the same model whose rows join this one's table; full-precision samples of the same
     recipe are taken from them."""
@@ -45,6 +44,7 @@ def default() -> ml_collections.ConfigDict:
     c.model.input_size = 32  # of a random_init model: latent or image side
 
     c.quantize = ml_collections.ConfigDict()
+    c.quantize.method = "vq4dit"  # "viditq": integers or codebooks with rounded activations; "rules": no calibration
     c.quantize.bits = 2.0  # 1, 1.5, 2, 3 or 4
     c.quantize.rules = ()  # ((path regex, (K, d, groups) or ()), ...), first match wins; () for the rules of `bits`
     c.quantize.kmeans_iterations = 100
@@ -55,6 +55,8 @@ def default() -> ml_collections.ConfigDict:
         {**vq4dit.defaults(), **LAYERWISE}
     )  # methods/vq4dit.py and tune.py explain them
     c.calibration.save_every = 50  # steps between checkpoints
+
+    c.viditq = ml_collections.ConfigDict(viditq.SETTINGS)  # methods/viditq.py explains them
 
     c.sample = ml_collections.ConfigDict()
     c.sample.num_images = 1000
@@ -123,22 +125,29 @@ def xl2(image_size: int, bits: float) -> ml_collections.ConfigDict:
 def models(config: ml_collections.ConfigDict) -> tuple[Model, ...]:
     """The models that a run makes, and their passes; InputError names the key that cannot be used."""
     c = config.quantize
-    kmeans = KMeans(
+    first = KMeans(
         rules=rules(config),
         codebook_dtype=c.codebook_dtype,
         other_dtype=c.other_dtype,
         iterations=c.kmeans_iterations,
     )
-    settings = {k: v for k, v in config.calibration.items() if k in vq4dit.defaults()}
-    return method.models(config.method, kmeans, settings)
+    calibration = {k: v for k, v in config.calibration.items() if k in vq4dit.defaults()}
+    return method.models(c.method, Recipe(first, calibration, dict(config.viditq)))
+
+
+def bits(config: ml_collections.ConfigDict) -> float:
+    """Nominal bits of a weight."""
+    return float(config.viditq.weight_bits if config.quantize.method == "viditq" else config.quantize.bits)
 
 
 def rules(config: ml_collections.ConfigDict) -> tuple[Rule, ...]:
-    """The rules of `quantize.rules`, or those of `quantize.bits`."""
+    """The rules of `quantize.rules`, or those of the method and its bits."""
+    if config.quantize.rules:
+        return tuple(_rule(rule) for rule in config.quantize.rules)
+    if config.quantize.method == "viditq":
+        return dit_rules(viditq.spec(viditq.check(dict(config.viditq))))
     bits = config.quantize.bits
-    if not config.quantize.rules:
-        return dit_rules(int(bits) if bits == int(bits) else bits)
-    return tuple(_rule(rule) for rule in config.quantize.rules)
+    return dit_rules(int(bits) if bits == int(bits) else bits)
 
 
 def _rule(rule: Any) -> Rule:

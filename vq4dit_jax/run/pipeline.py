@@ -334,7 +334,7 @@ class Pipeline:
             model, _, _ = checkpoint.load_quantized(self.dir.quantized)
             images, names = self._grids(model)
             data = reporting.ReportData(
-                title=f"{metrics['model']['variant']} at {self.config.quantize.bits:g} bits",
+                title=f"{metrics['model']['variant']} at {configs.bits(self.config):g} bits",
                 metrics=metrics,
                 config=self.resolved,
                 train_log=methods.read_log(self.dir.log),

@@ -3,7 +3,8 @@
 from typing import Any
 
 from vq4dit_jax import files
-from vq4dit_jax.methods.method import FULL_PRECISION, TITLES
+from vq4dit_jax.methods import method
+from vq4dit_jax.methods.method import FULL_PRECISION
 from vq4dit_jax.qarray.tree import Sizes
 from vq4dit_jax.run.workdir import Workdir
 from vq4dit_jax.storage import checkpoint, provenance
@@ -85,7 +86,7 @@ def table_row(name: str, steps: int, config: Any, size: Sizes, found: dict[str, 
     """A row of table.json (see `reporting.table`): full precision or the final model, sampled in `steps`."""
     packed = size.assignment_bytes + size.codebook_bytes + size.other_bytes
     return {
-        "method": TITLES.get(name, name),
+        "method": method.title(name),
         "bits": 32.0 if name == FULL_PRECISION else float(round(size.bits_per_quantized_weight, 1)),
         "bytes": 4 * size.parameters if name == FULL_PRECISION else packed,
         "steps": steps,

@@ -1,0 +1,18 @@
+"""The built-in CIFAR-10 DiT with 8-bit weights and 8-bit activations: ViDiT-Q, balanced, rotated, weights solved.
+
+Costs: minutes on two CPU cores, 4 GB of memory; nothing is downloaded.
+Gives: the packed model, sampled beside the original and beside plain rounding, and report.html.
+Vary:  --config.viditq.rotation=0               no rotation
+       --config.viditq.solve=False              weights rounded to nearest
+       --config=configs/cifar10_w4a8.py         4-bit weights
+"""
+
+from ml_collections import ConfigDict
+
+from vq4dit_jax.run.config import cifar10
+
+
+def get_config() -> ConfigDict:
+    c = cifar10()
+    c.quantize.method = "viditq"
+    return c.lock()
