@@ -21,6 +21,10 @@ INT8 = vq.IntSpec(8, None, "symmetric")
 FEW = dict(points=4, images=2, steps=3, rows=4)
 
 
+def _inputs(rows: np.ndarray) -> balance.Inputs:
+    return balance.Inputs(rows, rows.min(0), rows.max(0), rows.mean(0))
+
+
 def _loud(channel: int = 5, times: float = 100.0) -> tuple[np.ndarray, np.ndarray]:
     """(weight (O, I), rows (N, I)) where one input is much larger than the others."""
     rng = np.random.default_rng(0)
@@ -45,9 +49,8 @@ def test_an_exponent_of_0_levels_the_weights_and_1_the_activations():
 def test_inputs_and_weights_that_are_always_0_have_finite_scales():
     weight, rows = _loud()
     weight[:, 2], rows[:, 3] = 0, 0
-    leaf, a, errors = balance.best(
-        vq.OperandSpec(INT8, 8, rotation=0, scaled=True), weight, rows, np.abs(rows).max(0), 4, jax.random.key(0)
-    )
+    spec = vq.OperandSpec(INT8, 8, rotation=0, scaled=True)
+    leaf, a, errors = balance.best(spec, weight, _inputs(rows), 4, jax.random.key(0))
     assert np.isfinite(np.asarray(leaf.scale, np.float32)).all() and (np.asarray(leaf.scale) > 0).all()
     assert np.isfinite(errors).all() and min(errors) < 1e-2 and a is not None
 
@@ -57,7 +60,7 @@ def test_a_loud_input_is_balanced_and_the_least_error_is_taken(rotation):
     """With one scale for each token a loud input costs all others their bits; the balanced layer has far less error."""
     weight, rows = _loud()
     spec = vq.OperandSpec(INT8, 4, rotation=rotation, scaled=True)
-    leaf, a, errors = balance.best(spec, weight, rows, np.abs(rows).max(0), 10, jax.random.key(0))
+    leaf, a, errors = balance.best(spec, weight, _inputs(rows), 10, jax.random.key(0))
     assert len(errors) == 11 and min(errors) < errors[0] / 2
     assert a == np.argmin(errors[1:]) / 10 > 0
     wanted = rows.astype(np.float64) @ weight.T.astype(np.float64)
@@ -72,7 +75,7 @@ def test_where_nothing_is_gained_there_is_no_scale():
     weight[:, 0] = 127.5  # each row's grid has the step 1
     rows = rng.standard_normal((64, 16)).astype(np.float32)
     spec = vq.OperandSpec(INT8, None, rotation=0, scaled=True)
-    leaf, a, errors = balance.best(spec, weight, rows, np.abs(rows).max(0), 5, jax.random.key(0))
+    leaf, a, errors = balance.best(spec, weight, _inputs(rows), 5, jax.random.key(0))
     assert a is None and errors[0] == min(errors)
     np.testing.assert_array_equal(leaf.scale, np.ones(16))
 
@@ -102,19 +105,30 @@ def test_the_pass_balances_every_layer_and_says_what_it_tried(balanced):
 
 
 def test_balance_samples_what_the_layers_read(balanced):
-    """Rows are rows of the layer's input, and the largest magnitudes are no less than theirs."""
+    """Rows are rows of the layer's input, so they lie between the least and the largest that were seen."""
     teacher, *_ = balanced
     model, _ = tiny()
     run = passes.begin(model, teacher, jax.random.key(0))
     path = "blocks/mlp/fc1/kernel"
-    found = balance.samples(run, (path,), Balance(**FEW), jax.random.key(2))[path]
-    rows, top = found
-    assert rows.shape == (2, 3 * 4, 32) and top.shape == (2, 32)
-    assert (np.abs(rows).max(1) <= top).all() and (top > 0).all()
-    noisiest = balance.samples(run, (path,), Balance(**FEW, noisiest=0.3), jax.random.key(2))[path]
-    np.testing.assert_array_equal(noisiest[0], rows[:, :4])
-    again = balance.samples(run, (path,), Balance(**FEW), jax.random.key(2))[path]
-    np.testing.assert_array_equal(again[0], rows)
+    take = lambda **more: balance.samples(run, (path,), Balance(**FEW, **more), jax.random.key(2))[path]
+    found = take()
+    assert found.rows.shape == (2, 3 * 4, 32) and found.low.shape == found.high.shape == found.mean.shape == (2, 32)
+    assert (found.low <= found.rows.min(1)).all() and (found.rows.max(1) <= found.high).all()
+    assert (found.low < found.mean).all() and (found.mean < found.high).all()
+    np.testing.assert_array_equal(take(noisiest=0.3).rows, found.rows[:, :4])
+    np.testing.assert_array_equal(take().rows, found.rows)
+
+
+def test_a_centre_is_the_mean_of_what_is_read():
+    rng = np.random.default_rng(0)
+    weight, rows = (
+        rng.standard_normal((24, 16)).astype(np.float32),
+        (5 + rng.standard_normal((64, 16))).astype(np.float32),
+    )
+    spec = vq.OperandSpec(INT8, 4, rotation=0, centred=True)
+    leaf, a, errors = balance.best(spec, weight, _inputs(rows), 5, jax.random.key(0))
+    assert a is None and len(errors) == 1 and leaf.scale is None
+    np.testing.assert_allclose(leaf.centre, rows.mean(0), rtol=1e-3)
 
 
 def test_leaves_without_a_scale_are_left_alone():

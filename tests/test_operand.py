@@ -87,15 +87,17 @@ def weights(stack=(), rows=8, columns=64):
 
 SPECS = [
     vq.OperandSpec(INT8),
-    vq.OperandSpec(INT4, bits=4, grid="asymmetric", rotation=16, signed=True, scaled=True),
+    vq.OperandSpec(INT4, bits=4, grid="asymmetric", rotation=16, signed=True, scaled=True, centred=True),
     vq.OperandSpec(CODEBOOK, rotation=0, scaled=True),
     vq.OperandSpec(CODEBOOK, bits=None, signed=True),
 ]
 
 
 def balanced(spec, stack=()):
-    scale = np.random.default_rng(4).uniform(0.5, 2, (*stack, 64)).astype(np.float32)
-    return spec.balanced(weights(stack), scale, jax.random.key(0))
+    rng = np.random.default_rng(4)
+    scale = rng.uniform(0.5, 2, (*stack, 64)).astype(np.float32)
+    centre = rng.standard_normal((*stack, 64)).astype(np.float32)
+    return spec.balanced(weights(stack), scale, centre, jax.random.key(0))
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -122,13 +124,14 @@ def test_without_rounding_the_product_is_that_of_the_decoded_weight(spec):
 def test_rounding_is_that_of_the_moved_operand_and_gradients_pass_it():
     leaf = balanced(SPECS[1])
     x = jnp.asarray(np.random.default_rng(5).standard_normal((7, 64)), jnp.float32)
-    z = np.asarray(x, np.float64) * np.asarray(leaf.scale, np.float64) * np.asarray(leaf.signs)
+    m = np.asarray(leaf.centre, np.float64)
+    z = (np.asarray(x, np.float64) - m) * np.asarray(leaf.scale, np.float64) * np.asarray(leaf.signs)
     z = (z.reshape(7, 4, 16) @ (hadamard.regular(16) / 4)).reshape(7, 64)
     low, high = np.minimum(z.min(1, keepdims=True), 0), np.maximum(z.max(1, keepdims=True), 0)
     step = (high - low) / 15
     zero = np.rint(-low / step)
     rounded = step * (np.clip(np.rint(z / step) + zero, 0, 15) - zero)
-    wanted = rounded @ np.asarray(leaf.weight.decode(), np.float64).T
+    wanted = rounded @ np.asarray(leaf.weight.decode(), np.float64).T + m @ np.asarray(leaf.decode(), np.float64).T
     np.testing.assert_allclose(leaf.matmul(x), wanted, atol=1e-4)
     slope = jax.grad(lambda x: leaf.matmul(x).sum())(x)
     np.testing.assert_allclose(slope, np.broadcast_to(np.asarray(leaf.decode()).sum(0), (7, 64)), atol=1e-4)
@@ -147,6 +150,36 @@ def test_solving_for_the_inputs_lowers_the_error_of_the_outputs(spec, block):
     error = lambda leaf: np.square(x @ (weight[1] - np.asarray(leaf.decode(), np.float64)).T).sum()
     assert error(solved) < 0.6 * error(own)
     assert jax.tree.structure(solved) == jax.tree.structure(own)
+
+
+def test_a_centred_layer_is_solved_for_what_varies():
+    """Inputs of a large mean: what is left of it in the weights' error goes to the bias, and the rest is smaller."""
+    rng = np.random.default_rng(7)
+    x = rng.standard_normal((400, 64)) @ rng.standard_normal((64, 64)) / 8 + 20 * rng.standard_normal(64)
+    weight, second = weights(()), (x.T @ x / 400).astype(np.float32)
+    spec = vq.OperandSpec(vq.IntSpec(3, 16), centred=True)
+    start = spec.balanced(weight, None, x.mean(0).astype(np.float32), jax.random.key(0))
+    how = dict(feedbacks=1, rounds=1)
+    varying = lambda leaf: np.square((x - x.mean(0)) @ (weight - np.asarray(leaf.decode(), np.float64)).T).sum()
+    alike = start.solve(weight.T, second, **how)
+    own = start.solve(weight.T, second, mean=x.mean(0).astype(np.float32), **how)
+    assert varying(own) < 0.95 * varying(alike)
+
+
+def test_a_mean_is_rounded_away_by_a_centre():
+    """Tokens that are a large constant and little else lose what varies to the step of the constant; centred they do not."""
+    rng = np.random.default_rng(8)
+    x = jnp.asarray(50 + rng.standard_normal((40, 64)), jnp.float32)
+    wanted = np.asarray(x, np.float64) @ weights(()).astype(np.float64).T
+
+    def error(centred: bool) -> float:
+        leaf = vq.OperandSpec(INT8, 8, rotation=0, centred=centred).balanced(
+            weights(()), None, np.full(64, 50, np.float32), jax.random.key(0)
+        )
+        exact = np.asarray(leaf.decode(), np.float64)
+        return float(np.abs(np.asarray(leaf.matmul(x)) - np.asarray(x, np.float64) @ exact.T).max())
+
+    assert error(True) < 0.2 * error(False) < np.abs(wanted).max()
 
 
 @pytest.mark.parametrize("write, read", [
@@ -168,6 +201,7 @@ def test_restoring_checks_every_invariant():
         ({"scale": arrays["scale"][:-1]}, {}, r"scale has shape \(63,\); wanted \(64,\)"),
         ({"scale": -arrays["scale"]}, {}, "a scale is not finite and positive"),
         ({"signs": arrays["signs"] * 0}, {}, "a sign is neither 1 nor -1"),
+        ({"centre": arrays["centre"] + np.inf}, {}, "a centre is not finite"),
         ({}, {"rotation": 12}, "no regular Hadamard matrix of order 12"),
         ({}, {"rotation": 256}, "rotation=256; wanted a whole number from 0 to 64"),
         ({}, {"bits": 9}, "bits=9"),

@@ -1,18 +1,18 @@
-"""Balance: what is hard to round in activations moves into weights, by a scale for each input (ViDiT-Q's static balancing).
+"""Balance: what is hard to round in activations moves into weights and biases (ViDiT-Q's static balancing, and a centre).
 
-    y = (x / s) (W s)^T,      s_i = max|x_i|^a / max|w_i|^(1 - a)
+    y = ((x - m) / s) (W s)^T + m W^T,      s_i = max|x_i - m_i|^a / max|w_i|^(1 - a),      m = E[x]
 
 (Zhao et al. 2025, arXiv 2406.02540, section 3.2, after SmoothQuant, Xiao et al. 2023; the released code's alpha is 1 - a.) The
 exponent a is each layer's own: that of a grid whose quantized layer, with its rotation, has the least error in its outputs
 
-    e(a) = sum over x of |A(x diag(t) Q) V_hat(a)^T - x W^T|^2,      t = 1 / s
+    e(a) = sum over x of |A((x - m) diag(t) Q) V_hat(a)^T - (x - m) W^T|^2,      t = 1 / s
 
 over rows x of the teacher's trajectory. No scale at all is tried too. W is quantized from full precision for every a, so what
 is stored was rounded once.
 """
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,32 +34,45 @@ _SEARCH_ITERATIONS = 10
 """Of the search for a codebook that one a is tried with."""
 
 
+class Inputs(NamedTuple):
+    """Of what a Linear reads: some rows, and of each input the least, the largest and the mean of all."""
+
+    rows: Float[Array, "*stack N I"]
+    low: Float[Array, "*stack I"]
+    high: Float[Array, "*stack I"]
+    mean: Float[Array, "*stack I"]
+
+    def of_block(self, block: int | None) -> "Inputs":
+        """Those of one matrix of the stack; without a stack (None), themselves."""
+        return self if block is None else Inputs(*(a[block] for a in self))
+
+
 @dataclasses.dataclass(frozen=True)
-class Samples:
-    """The statistic of a Linear's inputs: `count` rows, evenly from all, and the largest magnitude of each input."""
+class Sample:
+    """The statistic `Inputs` with `count` rows, evenly from all."""
 
     count: int
 
-    def __call__(self, x: Float[Array, "*batch I"]) -> tuple[Float[Array, "N I"], Float[Array, " I"]]:
+    def __call__(self, x: Float[Array, "*batch I"]) -> Inputs:
         rows = rows_of(x)
-        return rows[jnp.arange(self.count) * len(rows) // self.count], jnp.abs(rows).max(0)
+        return Inputs(rows[jnp.arange(self.count) * len(rows) // self.count], rows.min(0), rows.max(0), rows.mean(0))
 
 
 @dataclasses.dataclass(frozen=True)
 class _Collect:
-    """`Samples` of one evaluation; an object without arrays, so that one program serves all calls."""
+    """`Inputs` of one evaluation; an object without arrays, so that one program serves all calls."""
 
     network: Network
     paths: tuple[str, ...]
     count: int
 
     def __call__(self, evaluation: trajectory.Evaluation, flat: Any) -> dict[str, Any]:
-        return statistics(self.network, flat, dict.fromkeys(self.paths, Samples(self.count)), evaluation)
+        return statistics(self.network, flat, dict.fromkeys(self.paths, Sample(self.count)), evaluation)
 
 
 @dataclasses.dataclass(frozen=True)
 class Balance:
-    """Gives every leaf that has a scale for its operand the scale of the best a, and quantizes it anew.
+    """Gives every leaf that has a scale or a centre for its operand the scale of the best a, and the mean, and quantizes it anew.
 
     Attributes:
       points: of the grid of a, from 0 to 1, the end left out.
@@ -97,11 +110,10 @@ class Balance:
                 if path not in exponents:
                     found.append(leaf)
                     continue
-                cut = (lambda a, block=block: a) if block is None else (lambda a, block=block: a[block])
-                rows, top = (cut(a) for a in seen[path])
-                weight = np.asarray(cut(kernels[path]), np.float32).T
+                kernel = kernels[path] if block is None else kernels[path][block]
                 own = jax.random.fold_in(pass_key(key, path), block or 0)
-                new, a, error = best(leaf.spec(), weight, rows, top, self.points, own)
+                inputs, weight = seen[path].of_block(block), np.asarray(kernel, np.float32).T
+                new, a, error = best(leaf.spec(), weight, inputs, self.points, own)
                 found.append(new)
                 exponents[path].append(a)
                 errors[path].append(error)
@@ -109,8 +121,8 @@ class Balance:
         return restack(params, iter(found)), {"exponents": exponents, "errors": errors}
 
 
-def samples(run: Context, paths: tuple[str, ...], how: Balance, key: jax.Array) -> dict[str, tuple[Any, Any]]:
-    """path -> (rows (*stack, N, I), largest magnitudes (*stack, I)) of the steps that count, on the host."""
+def samples(run: Context, paths: tuple[str, ...], how: Balance, key: jax.Array) -> dict[str, Inputs]:
+    """path -> the inputs of its kernel in the steps that count, on the host."""
     network = run.model if isinstance(run.model, Network) else run.recomputing()
     flat = flatten(run.teacher)
     check_paths(flat, paths)
@@ -125,11 +137,13 @@ def samples(run: Context, paths: tuple[str, ...], how: Balance, key: jax.Array) 
     # The first evaluation is the noisiest.
     count = max(1, round(how.noisiest * how.steps))
 
-    def of(rows: Any, top: Any) -> tuple[Any, Any]:
-        rows = np.moveaxis(np.asarray(rows)[:count], 0, -3)
-        return rows.reshape(*rows.shape[:-3], -1, rows.shape[-1]), np.asarray(top)[:count].max(0)
+    def of(found: Inputs) -> Inputs:
+        rows, low, high, mean = (np.asarray(a)[:count] for a in found)
+        rows = np.moveaxis(rows, 0, -3)
+        rows = rows.reshape(*rows.shape[:-3], -1, rows.shape[-1])
+        return Inputs(rows, low.min(0), high.max(0), mean.mean(0))
 
-    return {path: of(*pair) for path, pair in seen.items()}
+    return {path: of(found) for path, found in seen.items()}
 
 
 def scale(weight: Float[np.ndarray, "O I"], top: Float[np.ndarray, " I"], a: float) -> Float[np.ndarray, " I"]:
@@ -139,24 +153,23 @@ def scale(weight: Float[np.ndarray, "O I"], top: Float[np.ndarray, " I"], a: flo
 
 
 def best(
-    spec: Any,
-    weight: Float[np.ndarray, "O I"],
-    rows: Float[np.ndarray, "N I"],
-    top: Float[np.ndarray, " I"],
-    points: int,
-    key: jax.Array,
+    spec: Any, weight: Float[np.ndarray, "O I"], inputs: Inputs, points: int, key: jax.Array
 ) -> tuple[Any, float | None, list[float]]:
     """(leaf, a, relative errors): the `OperandSpec`'s leaf of the exponent with the least error, None for no scale.
 
-    Errors are those of no scale and then of each point, as shares of |x W^T|^2.
+    Errors are those of no scale and then of each point, as shares of the energy of the outputs, without their mean where the
+    spec is centred.
     """
+    centre = inputs.mean if spec.centred else np.zeros_like(inputs.mean)
+    top = np.maximum(inputs.high - centre, centre - inputs.low)
+    rows = inputs.rows - centre
     wanted = _wanted(rows, weight)
-    tried: list[float | None] = [None, *(i / points for i in range(points))]
+    tried: list[float | None] = [None, *((i / points for i in range(points)) if spec.scaled else ())]
     found, errors = None, []
     for a in tried:
-        t = np.ones(weight.shape[1], np.float32) if a is None else scale(weight, top, a)
-        leaf = spec.balanced(weight, t, key, _SEARCH_ITERATIONS)
-        errors.append(float(_error(leaf, rows, wanted)))
+        t = None if a is None else scale(weight, top, a)
+        leaf = spec.balanced(weight, t, centre, key, _SEARCH_ITERATIONS)
+        errors.append(float(_error(dataclasses.replace(leaf, centre=None), rows, wanted)))
         if found is None or errors[-1] < errors[found[1]]:
             found = leaf, len(errors) - 1
     leaf, at = found

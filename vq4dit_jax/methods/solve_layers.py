@@ -42,12 +42,14 @@ class SolveLayers:
     Attributes:
       images, cfg_scale: of the trajectory.
       restore: give every solved layer the factor and its bias the shift that restore its outputs' scale and mean.
+      shift: only the shift. Layers with a centre are then solved for what varies in their inputs.
       feedbacks, rounds: of `QuantizedArray.solve`.
     """
 
     images: int = 16
     cfg_scale: float = 1.5
     restore: bool = False
+    shift: bool = False
     feedbacks: int = solver.FEEDBACKS
     rounds: int = solver.ROUNDS
     name: ClassVar[str] = "solve_layers"
@@ -56,9 +58,10 @@ class SolveLayers:
         moments = moments_for(run, params, self.images, self.cfg_scale)
         count = sum(1 for _ in matrices(params))
         with progress(count, "layer by layer", "layer") as bar:
-            solved = solve(run.teacher, params, moments, lambda: bar.update(1), self.feedbacks, self.rounds)
-        if self.restore:
-            solved = restore(run.network, run.teacher, solved, moments)
+            how = dict(feedbacks=self.feedbacks, rounds=self.rounds, shift=self.restore or self.shift)
+            solved = solve(run.teacher, params, moments, lambda: bar.update(1), **how)
+        if self.restore or self.shift:
+            solved = restore(run.network, run.teacher, solved, moments, gains=self.restore)
         return solved, {"layers": count}
 
 
@@ -120,6 +123,7 @@ def solve(
     on_layer: Callable[[], None] = lambda: None,
     feedbacks: int = solver.FEEDBACKS,
     rounds: int = solver.ROUNDS,
+    shift: bool = False,
 ) -> Any:
     """`packed` with every layer solved anew for the inputs that `moments` are of; kinds of leaves without a solver stay.
 
@@ -129,12 +133,15 @@ def solve(
       moments: by path, see `input_moments`.
       on_layer: is called after each layer.
       feedbacks, rounds: of `QuantizedArray.solve`.
+      shift: layers that have a bias are given the means of their inputs; the biases are then for `restore`.
     """
-    kernels = flatten(teacher)
+    kernels, leaves = flatten(teacher), flatten(packed)
+    means = {path: np.asarray(moments[path].mean()) for path in moments if shift and _bias_of(path) in leaves}
 
     def one(matrix: tuple[str, int | None, Any]) -> Any:
         path, block, leaf = matrix
-        found = leaf.solve(kernels[path], moments[path].second, block, feedbacks=feedbacks, rounds=rounds)
+        how = dict(feedbacks=feedbacks, rounds=rounds, mean=means.get(path))
+        found = leaf.solve(kernels[path], moments[path].second, block, **how)
         return leaf if found is None else found
 
     solved = []
@@ -146,7 +153,12 @@ def solve(
     return restack(packed, iter(solved))
 
 
-def restore(network: Network, teacher: Any, packed: Any, moments: dict[str, InputMoments]) -> Any:
+def _bias_of(path: str) -> str:
+    """The path of the bias beside a kernel."""
+    return path.rpartition("/")[0] + "/bias"
+
+
+def restore(network: Network, teacher: Any, packed: Any, moments: dict[str, InputMoments], gains: bool = True) -> Any:
     """`packed` with weights and biases whose outputs have the teacher's scale and mean.
 
     At the optimum of a layer's error the error is orthogonal to the quantized outputs, so their energy is too small by the
@@ -154,14 +166,15 @@ def restore(network: Network, teacher: Any, packed: Any, moments: dict[str, Inpu
     g = tr(W S W^T) / tr(W S W_hat^T) makes the least-squares slope of g W_hat x on W x equal to 1, all outputs together; the
     bias gets (W - g W_hat) E[x].
 
-    Where a layer has no bias its mean stays. Linears that read time and condition alone keep their scale: at one time step
-    only the condition varies, which is represented worse than the time step, and one factor cannot fit both.
+    Without `gains` every g is 1. Where a layer has no bias its mean stays. Linears that read time and condition alone keep their
+    scale: at one time step only the condition varies, which is represented worse than the time step, and one factor cannot fit
+    both.
     """
     leaves = flatten(packed)
     slots = [slot for slot in walk(packed) if is_quantized(slot.leaf)]
-    bias_of = {slot.path: slot.path.rpartition("/")[0] + "/bias" for slot in slots}
+    bias_of = {slot.path: _bias_of(slot.path) for slot in slots}
     biases = {bias: np.array(leaves[bias], np.float32) for bias in bias_of.values() if bias in leaves}
-    keeps = tuple(network.reads_conditioning(slot.path) for slot in slots)
+    keeps = tuple(not gains or network.reads_conditioning(slot.path) for slot in slots)
     places = tuple((slot.path, slot.start) for slot in slots)
     kernels = {path: kernel for path, kernel in flatten(teacher).items() if path in moments}
     found = iter(_restored(places, keeps, kernels, [slot.leaf for slot in slots], moments))
@@ -199,7 +212,7 @@ def _restored(
         along = weight @ found.covariance()
         wanted, common = (along * weight).sum(), (along * quantized).sum()
         factor = 1.0 if keep else jnp.where(common > 0, wanted / jnp.where(common > 0, common, 1.0), 1.0)
-        return leaf.scaled(factor), (weight - factor * quantized) @ found.mean()
+        return leaf if keep else leaf.scaled(factor), (weight - factor * quantized) @ found.mean()
 
     def one(place: tuple[str, int | None], keep: bool, leaf: QuantizedArray) -> Any:
         path, start = place

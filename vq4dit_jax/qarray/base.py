@@ -84,7 +84,7 @@ class QuantizedArray(Kernel):
 
     @property
     def has_scale(self) -> bool:
-        """Whether its operand has a scale for each input, which `methods.balance` chooses; `spec()` then has `balanced`."""
+        """Whether its operand has a scale or a centre for each input, which `methods.balance` chooses: `spec().balanced`."""
         return False
 
     def matmul(self, x: Float[Array, "*batch I"]) -> Float[Array, "*batch O"]:
@@ -130,9 +130,11 @@ class QuantizedArray(Kernel):
         *,
         feedbacks: Any,
         rounds: Any,
+        mean: Float[Array, "*stack I"] | None = None,
     ) -> "QuantizedArray | None":
         """One matrix solved anew for the teacher's `kernel` and second moments of its inputs, of which `block` is the
-        entry that this leaf stands for (None: they have no stack axis). None: this kind has no solver."""
+        entry that this leaf stands for (None: they have no stack axis). `mean` of the inputs is read where they are centred.
+        None: this kind has no solver."""
         return None
 
     def prepare(self, operand_dtype: Any, *, as_one: bool = False, paired_rows: bool = False, table_bytes: int = 0):

@@ -14,6 +14,7 @@ from pallas_kernels import nibbles
 from pallas_kernels.weights import ByteWeights, NibbleWeights, pair_rows
 from vq4dit_jax.errors import InputError
 from vq4dit_jax.integer import gptq, grids
+from vq4dit_jax.integer.descent import descend
 from vq4dit_jax.integer.packing import pack_codes, packed_bytes
 from vq4dit_jax.qarray.base import (
     Cost,
@@ -124,14 +125,18 @@ class IntArray(QuantizedArray):
         scale = jnp.asarray(self.scale, jnp.float32) * factor
         return dataclasses.replace(self, scale=scale.astype(self.scale.dtype))
 
-    def solve(self, kernel: Any, second: Any, block: Any = None, *, feedbacks: Any, rounds: Any) -> "IntArray":
+    def solve(
+        self, kernel: Any, second: Any, block: Any = None, *, feedbacks: Any, rounds: Any, mean: Any = None
+    ) -> "IntArray":
         """Codes and grids of GPTQ (`integer.gptq`) for whole numbers of `feedbacks` above 0, else of round to nearest; of both
-        the better of several clipped grids for each row."""
+        the better of several clipped grids for each row. Then `rounds` of `integer.descent`, where there was feedback."""
         cut = lambda a: np.asarray(a if block is None else a[block])
         weight, second = jnp.asarray(cut(kernel).T, jnp.float32), cut(second)
         if not feedbacks:
-            second = np.diag(np.diagonal(second))
+            second, rounds = np.diag(np.diagonal(second)), 0
         codes, grid = gptq.quantize_weight(weight, second, self.bits, self.group, self.grid)
+        if rounds:
+            codes, grid = descend(weight, jnp.asarray(second), codes, grid, self.bits, self.group, int(rounds))
         return from_codes(codes, grid.scale.astype(self.scale.dtype), grid.zero, self.bits, self.group, self.grid)
 
     def prepare(

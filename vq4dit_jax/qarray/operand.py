@@ -1,8 +1,10 @@
-"""`OperandArray`: a quantized weight whose operand is scaled, rotated and rounded before the product (ViDiT-Q).
+"""`OperandArray`: a quantized weight whose operand is centred, scaled, rotated and rounded before the product (ViDiT-Q).
 
-    y = A(x diag(t) Q) V^T      V = W diag(1 / t) Q, quantized;  A rounds activations;  Q Q^T = 1
+    y = A((x - m) diag(t) Q) V^T + m W_hat^T      V = W diag(1 / t) Q, quantized;  A rounds activations;  Q Q^T = 1
 
-Without A this is x W_hat^T with W_hat = V Q^T diag(t). (Zhao et al. 2025, arXiv 2406.02540, section 3.2: t is 1 / s there.)
+Without A this is x W_hat^T with W_hat = V Q^T diag(t). (Zhao et al. 2025, arXiv 2406.02540, section 3.2: t is 1 / s there. The
+centre m is ours: what a Linear of a diffusion transformer reads has a mean with up to half of its energy, and that part costs
+levels without need. The last term is a constant: a bias of the prepared form.)
 """
 
 import dataclasses
@@ -28,6 +30,7 @@ class OperandArray(QuantizedArray):
       weight: V, a quantized leaf (*stack, O, I).
       scale: t (*stack, I) floating, finite and positive; None: 1, or folded into what comes before.
       signs: of the rotation, (*stack, I) int8 of 1 and -1; None: all 1.
+      centre: m (*stack, I) floating, finite; None: 0.
       rotation: inputs of a group of Q; 0: no rotation.
       bits: of the activations; None: they are not rounded.
       grid: of the activations, see `integer.activations`.
@@ -37,6 +40,7 @@ class OperandArray(QuantizedArray):
     weight: Any
     scale: Any
     signs: Any
+    centre: Any
     rotation: int = static()
     bits: int | None = static()
     grid: str = static()
@@ -48,27 +52,34 @@ class OperandArray(QuantizedArray):
 
     @property
     def has_scale(self) -> bool:
-        return self.scale is not None
+        return self.scale is not None or self.centre is not None
 
     def moved(self, x: Float[Array, "*batch I"]) -> Float[Array, "*batch I"]:
         """x diag(t) Q of one matrix, in the dtype of x."""
-        flat = lambda a: jnp.asarray(a).reshape((1,) * (x.ndim - 1) + (-1,))
         if self.scale is not None:
-            x = x * flat(self.scale).astype(x.dtype)
-        return (
-            hadamard.rotate(x, self.rotation, None if self.signs is None else flat(self.signs)) if self.rotation else x
-        )
+            x = x * self._along(self.scale, x)
+        if not self.rotation:
+            return x
+        return hadamard.rotate(x, self.rotation, None if self.signs is None else self._along(self.signs, x))
 
     def operand(self, x: Float[Array, "*batch I"]) -> Float[Array, "*batch I"]:
-        """A(x diag(t) Q) of one matrix, in the dtype of x; gradients go through A as through the identity."""
-        moved = self.moved(x)
+        """A((x - m) diag(t) Q) of one matrix, in the dtype of x; gradients go through A as through the identity."""
+        moved = self.moved(x if self.centre is None else x - self._along(self.centre, x))
         if self.bits is None:
             return moved
         rounded = activations.quantize(moved, self.bits, self.grid).decode()
         return moved + jax.lax.stop_gradient(rounded - moved)
 
     def matmul(self, x: Float[Array, "*batch I"]) -> Float[Array, "*batch O"]:
-        return self.weight.matmul(self.operand(x))
+        y = self.weight.matmul(self.operand(x))
+        if self.centre is None:
+            return y
+        constant = self.weight.matmul(self.moved(jnp.asarray(self.centre).astype(x.dtype)))
+        return y + constant.reshape((1,) * (x.ndim - 1) + (-1,))
+
+    def _along(self, a: Any, x: Array) -> Array:
+        """What is given for each input, of one matrix, in the dtype and with the axes of x."""
+        return jnp.asarray(a).astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
 
     def decode(self, dtype: Any = None) -> Float[Array, "*stack O I"]:
         weight = self.weight.decode(jnp.float32)
@@ -80,7 +91,7 @@ class OperandArray(QuantizedArray):
 
     def arrays(self) -> dict[str, Any]:
         inner = {f"weight/{name}": a for name, a in self.weight.arrays().items()}
-        own = {"scale": self.scale, "signs": self.signs}
+        own = {"scale": self.scale, "signs": self.signs, "centre": self.centre}
         return inner | {name: a for name, a in own.items() if a is not None}
 
     def facts(self) -> dict[str, Json]:
@@ -89,6 +100,7 @@ class OperandArray(QuantizedArray):
             "weight": {"kind": self.weight.kind, **self.weight.facts()},
             "scaled": self.scale is not None,
             "signed": self.signs is not None,
+            "centred": self.centre is not None,
             "rotation": self.rotation,
             "bits": self.bits,
             "grid": self.grid,
@@ -103,7 +115,8 @@ class OperandArray(QuantizedArray):
             raise InputError(
                 f"{name}: the manifest has a weight of kind {kind!r:.40}; wanted one of {', '.join(sorted(KINDS))}"
             )
-        own = [key for key, there in (("scale", facts.get("scaled")), ("signs", facts.get("signed"))) if there]
+        names = {"scale": "scaled", "signs": "signed", "centre": "centred"}
+        own = [key for key, fact in names.items() if facts.get(fact)]
         mine = {key: a for key, a in arrays.items() if key in own}
         rest = {key.removeprefix("weight/"): a for key, a in arrays.items() if key not in own}
         if missing := sorted(set(own) - set(mine)):
@@ -115,7 +128,7 @@ class OperandArray(QuantizedArray):
         bits = None if facts.get("bits") is None else integer_fact(facts, "bits", 2, 8, name)
         grid = facts.get("grid")
         activations.check(bits or 8, grid)
-        out = cls(weight, mine.get("scale"), mine.get("signs"), rotation, bits, grid, matrix)
+        out = cls(weight, mine.get("scale"), mine.get("signs"), mine.get("centre"), rotation, bits, grid, matrix)
         if weight.matrix != matrix:
             raise InputError(
                 f"{name}: the manifest has matrices {matrix}, and its weight {weight.matrix}; it is damaged"
@@ -126,6 +139,8 @@ class OperandArray(QuantizedArray):
                 raise InputError(f"{name}: {key} has shape {a.shape}; wanted {wanted}")
         if out.scale is not None and not _positive(out.scale):
             raise InputError(f"{name}: a scale is not finite and positive; the file is damaged, make it again")
+        if out.centre is not None and not np.isfinite(np.asarray(out.centre, np.float32)).all():
+            raise InputError(f"{name}: a centre is not finite; the file is damaged, make it again")
         if out.signs is not None and (np.abs(np.asarray(out.signs)) != 1).any():
             raise InputError(f"{name}: a sign is neither 1 nor -1; the file is damaged, make it again")
         return out
@@ -133,7 +148,7 @@ class OperandArray(QuantizedArray):
     def cost(self) -> Cost:
         inner = self.weight.cost()
         of = lambda a: 0 if a is None else int(np.prod(a.shape)) * np.dtype(a.dtype).itemsize
-        return inner._replace(table_bytes=inner.table_bytes + of(self.scale) + of(self.signs))
+        return inner._replace(table_bytes=inner.table_bytes + of(self.scale) + of(self.signs) + of(self.centre))
 
     # Everything else is the weight's own --------------------------------------------------------------------------
 
@@ -141,9 +156,8 @@ class OperandArray(QuantizedArray):
         return self.weight.tunable()
 
     def spec(self) -> "OperandSpec":
-        return OperandSpec(
-            self.weight.spec(), self.bits, self.grid, self.rotation, self.signs is not None, self.scale is not None
-        )
+        there = (a is not None for a in (self.signs, self.scale, self.centre))
+        return OperandSpec(self.weight.spec(), self.bits, self.grid, self.rotation, *there)
 
     def with_tuned(self, arrays: Mapping[str, Any]) -> "OperandArray":
         return dataclasses.replace(self, weight=self.weight.with_tuned(arrays))
@@ -162,19 +176,25 @@ class OperandArray(QuantizedArray):
         return None if a is None else jnp.asarray(a, jnp.float32)[..., None, :]
 
     def solve(
-        self, kernel: Any, second: Any, block: Any = None, *, feedbacks: Any, rounds: Any
+        self, kernel: Any, second: Any, block: Any = None, *, feedbacks: Any, rounds: Any, mean: Any = None
     ) -> "OperandArray | None":
-        """The weight solved for V and for what it reads. Rounding of activations is left out."""
-        cut = lambda a: a if block is None else a[block]
-        kernel, second = _turned(self, cut(kernel), cut(second))
+        """The weight solved for V and for what it reads. Rounding of activations is left out, and so is the constant
+        m (W - W_hat)^T, which belongs to the bias, where `mean` is given."""
+        cut = lambda a: a if block is None or a is None else a[block]
+        kernel, second = _turned(self, cut(kernel), cut(second), cut(mean))
         found = self.weight.solve(kernel, second, None, feedbacks=feedbacks, rounds=rounds)
         return None if found is None else dataclasses.replace(self, weight=found)
 
 
 @jax.jit
-def _turned(leaf: OperandArray, kernel: Any, second: Any) -> tuple[Float[Array, "I O"], Float[Array, "I I"]]:
-    """(kernel of V, E[z z^T] of z = x diag(t) Q) of one matrix, from its kernel and E[x x^T]."""
-    half = leaf.moved(second.astype(jnp.float32))
+def _turned(leaf: OperandArray, kernel: Any, second: Any, mean: Any) -> tuple[Float[Array, "I O"], Float[Array, "I I"]]:
+    """(kernel of V, E[z z^T] of z = (x - m) diag(t) Q) of one matrix, from its kernel, E[x x^T] and E[x]."""
+    second = second.astype(jnp.float32)
+    if leaf.centre is not None and mean is not None:
+        m, mean = jnp.asarray(leaf.centre, jnp.float32), mean.astype(jnp.float32)
+        cross = jnp.outer(m, mean)
+        second = second - cross - cross.T + jnp.outer(m, m)
+    half = leaf.moved(second)
     return leaf.turned(kernel.T.astype(jnp.float32)).T, leaf.moved(half.T)
 
 
@@ -193,6 +213,7 @@ class OperandSpec(Spec):
       rotation: inputs of a group; None: the largest of `hadamard.GROUPS` that divides the inputs; 0: none.
       signed: random signs before the rotation.
       scaled: there is a scale for every input, 1 until it is chosen (`balanced`).
+      centred: there is a centre for every input, 0 until it is chosen.
     """
 
     kind = "operand"
@@ -202,6 +223,7 @@ class OperandSpec(Spec):
     rotation: int | None = None
     signed: bool = False
     scaled: bool = False
+    centred: bool = False
 
     def __post_init__(self) -> None:
         weight = spec_from_json(self.weight)
@@ -231,34 +253,38 @@ class OperandSpec(Spec):
 
     def abstract(self, stack: tuple[int, ...], rows: int, columns: int) -> OperandArray:
         of = lambda there, dtype: jax.ShapeDtypeStruct((*stack, columns), dtype) if there else None
-        return self._leaf(
-            self.weight.abstract(stack, rows, columns), of(self.scaled, jnp.float16), of(self.signed, jnp.int8)
-        )
+        own = (of(self.scaled, jnp.float16), of(self.signed, jnp.int8), of(self.centred, jnp.float16))
+        return self._leaf(self.weight.abstract(stack, rows, columns), *own)
 
     def quantize(
         self, weight: Float[np.ndarray, "*stack O I"], key: jax.Array, *, iterations: int = 100
     ) -> OperandArray:
-        return self.balanced(weight, np.ones((*weight.shape[:-2], weight.shape[-1]), np.float32), key, iterations)
+        return self.balanced(weight, None, None, key, iterations)
 
     def balanced(
         self,
         weight: Float[np.ndarray, "*stack O I"],
-        scale: Float[np.ndarray, "*stack I"],
+        scale: Float[np.ndarray, "*stack I"] | None,
+        centre: Float[np.ndarray, "*stack I"] | None,
         key: jax.Array,
         iterations: int = 100,
     ) -> OperandArray:
-        """The leaf with these t (not read where the spec is not `scaled`), stored as float16."""
+        """The leaf with this t and m, stored as float16, where the spec is `scaled` and `centred`; None: 1 and 0."""
         *stack, _, columns = weight.shape
         signs = None
         if self.signed:
             signs = 2 * jax.random.bernoulli(jax.random.fold_in(key, 1), 0.5, (*stack, columns)).astype(jnp.int8) - 1
-        leaf = self._leaf(None, jnp.asarray(scale, jnp.float16) if self.scaled else None, signs, weight.shape[-2:])
+        of = lambda there, a, otherwise: (
+            jnp.asarray(np.full((*stack, columns), otherwise) if a is None else a, jnp.float16) if there else None
+        )
+        own = (of(self.scaled, scale, 1.0), signs, of(self.centred, centre, 0.0))
+        leaf = self._leaf(None, *own, weight.shape[-2:])
         turned = np.asarray(leaf.turned(jnp.asarray(weight, jnp.float32)))
         return dataclasses.replace(leaf, weight=self.weight.quantize(turned, key, iterations=iterations))
 
-    def _leaf(self, weight: Any, scale: Any, signs: Any, matrix: Any = None) -> OperandArray:
+    def _leaf(self, weight: Any, scale: Any, signs: Any, centre: Any, matrix: Any = None) -> OperandArray:
         matrix = tuple(weight.matrix if matrix is None else matrix)
-        return OperandArray(weight, scale, signs, self._group(matrix[1]), self.bits, self.grid, matrix)
+        return OperandArray(weight, scale, signs, centre, self._group(matrix[1]), self.bits, self.grid, matrix)
 
     def to_json(self) -> dict[str, Json]:
         own = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}

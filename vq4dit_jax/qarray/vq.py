@@ -143,6 +143,7 @@ class VQArray(QuantizedArray):
         *,
         feedbacks: Any = solver.FEEDBACKS,
         rounds: Any = solver.ROUNDS,
+        mean: Any = None,
     ) -> "VQArray":
         """Codebook and assignments that keep the layer's outputs (`codebook.solver`), starting from this codebook."""
         start = np.asarray(self.codebook, np.float32)
