@@ -1,5 +1,6 @@
 """The operations of a prepared network, each run by the implementation that the selector chooses."""
 
+import functools
 from typing import Any
 
 import jax
@@ -8,7 +9,9 @@ from jaxtyping import Array, Float, Float32, Int, Int8, Int32, Num, Shaped
 
 from pallas_kernels import epilogue as epilogue_lib
 from pallas_kernels import nibbles, reference_norm, selector
+from pallas_kernels import operand as operand_lib
 from pallas_kernels.epilogue import Epilogue, saturate
+from pallas_kernels.operand import Operand
 from pallas_kernels.weights import NibbleWeights, PreparedLinear
 
 _CONTRACT = (((1,), (1,)), ((), ()))
@@ -98,15 +101,22 @@ def norm(
     stride: int,
     offsets: tuple[int, int],
     eps: float,
+    operand: Operand | None = None,
 ) -> tuple[Num[Array, "M D"], Float32[Array, " M"] | None]:
-    """LayerNorm, modulation by (shift, scale) at `offsets`, and for 8-bit dtypes quantization: (values, token scales)."""
-    choice = selector.norm(selector.facts(), x.shape[1], tokens, x.dtype)
+    """LayerNorm, modulation by (shift, scale) at `offsets`, the `operand` of the Linear that reads it, and for 8-bit dtypes
+    quantization: (values, token scales)."""
+    choice = selector.norm(selector.facts(), x.shape[1], tokens, x.dtype, operand)
     if choice.implementation == "xla":
-        run = reference_norm.ln_modulate_quantize
+        run = functools.partial(reference_norm.ln_modulate_quantize, operand=operand)
     else:
         from pallas_kernels.mosaic.ln_modulate_quantize import ln_modulate_quantize as run
     out = run(x, modulation, layer, tokens=tokens, dtype=dtype, stride=stride, offsets=offsets, eps=eps)
     return out if isinstance(out, tuple) else (out, None)
+
+
+def moved(x: Float[Array, "M I"], prepared: PreparedLinear, layer: Int32[Array, " 1"]) -> Float[Array, "M I"]:
+    """What a Linear rounds of the rows that it reads."""
+    return operand_lib.move(x, prepared.operand, layer)
 
 
 def quantize_tokens(x: Float[Array, "M D"], dtype: Any) -> tuple[Num[Array, "M D"], Float32[Array, " M"] | None]:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Num
 
 from pallas_kernels.epilogue import saturate
+from pallas_kernels.operand import Operand, move
 
 SMALLEST_TOKEN_SCALE = 1e-8
 """Keeps the scale of a token of zeros away from 0."""
@@ -37,6 +38,7 @@ def ln_modulate_quantize(
     stride: int,
     offsets: tuple[int, int],
     eps: float = 1e-6,
+    operand: Operand | None = None,
 ) -> tuple[Num[Array, "M D"], Float[Array, " M"]] | Float[Array, "M D"]:
     """LayerNorm without weights, times (1 + scale), plus shift, and each token quantized symmetrically to 8 bits.
 
@@ -48,7 +50,8 @@ def ln_modulate_quantize(
     x (M, D) holds `tokens` consecutive rows of each image. `modulation` holds the shifts and scales of all layers of
     a network, an image a row (more rows than images may be there); those of layer l begin in columns
     l * stride + offsets (shift, scale). `layer` is an operand, so that it may differ in every step of a `lax.scan`.
-    Returns q (M, D) in `dtype` and s (M,) float32. With dtype bfloat16 only v (M, D), rounded to it.
+    Returns q (M, D) in `dtype` and s (M,) float32. With dtype bfloat16 only v (M, D), rounded to it. What is quantized or rounded
+    is v after the `operand` of the layer.
     """
     rows, width = x.shape
     images = rows // tokens
@@ -59,6 +62,7 @@ def ln_modulate_quantize(
     centred = wide - wide.mean(-1, keepdims=True)
     normed = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + eps)
     v = (normed * (1.0 + per_image(offsets[1])) + per_image(offsets[0])).reshape(rows, width)
+    v = move(v, operand, layer)
     if jnp.dtype(dtype) == jnp.bfloat16:
         return v.astype(jnp.bfloat16)
     return quantize_tokens(v, dtype)

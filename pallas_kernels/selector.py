@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import tiles
+from pallas_kernels.operand import Operand
 from pallas_kernels.tiles import Tile
 from pallas_kernels.weights import Weights
 
@@ -127,10 +128,12 @@ def product(
     return Choice("mosaic", f"{facts.name}: {jnp.dtype(weights.dtype).name} operands, {tile}", tile)
 
 
-def norm(facts: Facts, width: int, tokens: int, x_dtype: Any) -> Choice:
-    """For LayerNorm, modulation and quantization of images of `tokens` tokens."""
+def norm(facts: Facts, width: int, tokens: int, x_dtype: Any, operand: Operand | None = None) -> Choice:
+    """For LayerNorm, modulation and quantization of images of `tokens` tokens, with the operand of what reads them."""
     if reason := _not_hopper(facts):
         return Choice("xla", reason)
+    if operand is not None:
+        return Choice("xla", "the Linear's operand is scaled, centred or rotated: the kernel has no such form yet")
     if x_dtype != jnp.bfloat16 or width % 64 or width > 3072 or tokens < 4:
         return Choice("xla", f"{jnp.dtype(x_dtype).name} ({tokens} tokens, D={width}): wanted bfloat16, D % 64 == 0")
     return Choice("mosaic", f"{facts.name}: one pass, a token a warp")

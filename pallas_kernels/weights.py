@@ -225,9 +225,11 @@ class PreparedLinear:
     """Weights, and the epilogue's vectors: `bias` (L, O) or None, `row_scale` (L, O) float32 or None.
 
     Both in the order of the packed rows; `result_scale` (L,) float32 where the result is quantized for the next layer, else None.
+    `operand`: an `operand.Operand` that the rows go through before they are rounded, or None.
     """
 
     weights: Any
     bias: Any = None
     row_scale: Any = None
     result_scale: Any = None
+    operand: Any = None

@@ -8,7 +8,7 @@ import pytest
 
 from vq4dit_jax.codebook import solver as layerwise
 from vq4dit_jax.errors import InputError
-from vq4dit_jax.methods import allocate
+from vq4dit_jax.methods import allocate, knapsack
 from vq4dit_jax.methods.moments import InputMoments
 from vq4dit_jax.methods.solve_layers import _restored
 from vq4dit_jax.qarray.spec import VQSpec
@@ -199,7 +199,7 @@ def test_an_allocation_keeps_its_budget_and_none_that_does_is_better(bits):
 
 @pytest.mark.parametrize("states", [20, 97, 1000])
 def test_a_coarse_count_of_bits_keeps_the_budget(states, monkeypatch):
-    monkeypatch.setattr(allocate, "_STATES", states)
+    monkeypatch.setattr(knapsack, "_STATES", states)
     budget = int(2.2 * sum(each.rows * each.columns for each in LAYERS))
     size, error = cost(allocate.spread(LAYERS, budget), LAYERS)
     fine = cost(allocate.spread(LAYERS, int(budget * (1 - 4 / states))), LAYERS)

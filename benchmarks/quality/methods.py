@@ -48,13 +48,13 @@ def kmeans(run: Pipeline, bits: float, group: int | None) -> Built:
     return Built(run.first, sizes(run.first), {"quantize": run.dir.done()["quantize"]})
 
 
-def vq4dit(run: Pipeline, bits: float, group: int | None) -> Built:
-    """Any form of it: the config says which."""
+def calibrated(run: Pipeline, bits: float, group: int | None) -> Built:
+    """The final model of a run, by any method and form: the config says which."""
     run.quantize()
     run.calibrate()
-    _, params, manifest = checkpoint.load_quantized(run.dir.made("vq4dit"))
-    calibrated = sum(report["seconds"] for report in manifest["extra"]["passes"])
-    return Built(params, sizes(params), {"quantize": run.dir.done()["quantize"], "calibrate": calibrated})
+    _, params, manifest = checkpoint.load_quantized(run.dir.made(run.names[-1]))
+    seconds = sum(report["seconds"] for report in manifest["extra"]["passes"])
+    return Built(params, sizes(params), {"quantize": run.dir.done()["quantize"], "calibrate": seconds})
 
 
 def dkm(run: Pipeline, bits: float, group: int | None) -> Built:
@@ -97,5 +97,6 @@ METHODS = {
     "gptq": Method(gptq, ("seed", "bits", "group", "other_dtype", "moments")),
     "kmeans": Method(kmeans, ("seed", "quantize")),
     "dkm": Method(dkm, ("seed", "quantize", "calibration")),
-    "vq4dit": Method(vq4dit, ("seed", "quantize", "calibration")),
+    "vq4dit": Method(calibrated, ("seed", "quantize", "calibration")),
+    "viditq": Method(calibrated, ("seed", "quantize", "calibration", "viditq")),
 }

@@ -29,7 +29,7 @@ class Row:
       method: one of `methods.METHODS`.
       bits: nominal, a weight.
       group: inputs that share a scale, of methods with scales; None for one scale a row.
-      config: the config file whose `quantize` and `calibration` sections are used, the steps and the batch excepted; ""
+      config: the config file whose `quantize`, `calibration` and `viditq` sections are used, the steps and the batch excepted; ""
         for the table's own.
       overrides: "section.key" -> value, applied last.
     """
@@ -117,15 +117,15 @@ class Case:
             theirs = runpy.run_path(str(files.config_file(row.config)))["get_config"]()
         out = configs.default()
         out.seed = self.seed
-        for section, source in (("model", base), ("quantize", theirs), ("calibration", theirs)):
+        for section, source in (("model", base), ("quantize", theirs), ("calibration", theirs), ("viditq", theirs)):
             out[section].update(copy.deepcopy(source[section]))
         out.calibration.steps, out.calibration.batch = base.calibration.steps, base.calibration.batch
         if row.bits in BITS:
             out.quantize.bits = float(row.bits)
         for key, value in row.overrides.items():
             section, _, name = key.partition(".")
-            if section not in ("quantize", "calibration") or name not in out[section]:
-                raise InputError(f"row {row.name}: overrides: {key} is no key of quantize or calibration")
+            if section not in ("quantize", "calibration", "viditq") or name not in out[section]:
+                raise InputError(f"row {row.name}: overrides: {key} is no key of quantize, calibration or viditq")
             out[section][name] = value
         configs.validate(out)
         return out.lock()
@@ -145,6 +145,7 @@ class Case:
             "other_dtype": resolved["quantize"]["other_dtype"],
             "quantize": resolved["quantize"],
             "calibration": resolved["calibration"],
+            "viditq": resolved["viditq"],
             "moments": {name: resolved["calibration"][name] for name in ("batch", "trajectory_steps", "cfg_scale")},
         }
         reads = METHODS[row.method].reads
@@ -178,7 +179,7 @@ def filled(definition: dict[str, Any]) -> dict[str, Any]:
         theirs = {**defaults["calibration"], **definition["calibration"]}
         trained = re.fullmatch(theirs["tuned"], "final_layer/linear/kernel") is not None
         defaults["calibration"]["variance"] = trained and theirs["lambda_s"] > 0
-    sections = [name for name in ("model", "quantize", "calibration") if name in definition]
+    sections = [name for name in ("model", "quantize", "calibration", "viditq") if name in definition]
     return {**definition, **{name: {**defaults[name], **definition[name]} for name in sections}}
 
 

@@ -19,6 +19,8 @@ from vq4dit_jax import files
 from vq4dit_jax.errors import InputError
 from vq4dit_jax.evaluation import npz
 from vq4dit_jax.methods.agreement import held_out_agreement
+from vq4dit_jax.qarray.base import is_quantized
+from vq4dit_jax.qarray.parts import is_parts, parts_of
 from vq4dit_jax.qarray.tree import Sizes, dequantize
 from vq4dit_jax.reporting.markup import figure
 from vq4dit_jax.run import generation, sources
@@ -112,8 +114,15 @@ def is_done(case: Case, stage: str) -> bool:
 
 
 def dense(params: Any) -> Any:
-    """All of a tree in float32: its values are those of the stored types."""
-    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), dequantize(params, jnp.float32))
+    """All of a tree in float32: its values are those of the stored types. Leaves that round their activations stay."""
+    node = lambda leaf: is_quantized(leaf) or is_parts(leaf)
+
+    def one(leaf: Any) -> Any:
+        if any(is_quantized(part) and part.activation_bits for _, part in parts_of(leaf)):
+            return leaf
+        return dequantize({"leaf": leaf}, jnp.float32)["leaf"].astype(jnp.float32)
+
+    return jax.tree.map(one, params, is_leaf=node)
 
 
 def size_figures(sizes: Sizes) -> dict[str, float | int]:

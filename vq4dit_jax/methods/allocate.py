@@ -9,35 +9,28 @@ the minimum is found exactly.
 """
 
 import dataclasses
-import math
 import re
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Float
 
-from vq4dit_jax.diffusion import trajectory
 from vq4dit_jax.errors import InputError
-from vq4dit_jax.methods import losses
+from vq4dit_jax.methods import sensitivity
 from vq4dit_jax.methods.kmeans import quantize
+from vq4dit_jax.methods.knapsack import cheapest
 from vq4dit_jax.methods.passes import Context, Report, pass_key
 from vq4dit_jax.methods.solve_layers import moments_for, solve
-from vq4dit_jax.networks.network import Network, random_problem
+from vq4dit_jax.networks.network import Network
 from vq4dit_jax.progress import progress
-from vq4dit_jax.qarray.base import Kernel
+from vq4dit_jax.qarray.base import QuantizedArray
 from vq4dit_jax.qarray.rules import KEEP, Rule
-from vq4dit_jax.qarray.spec import VQSpec
-from vq4dit_jax.qarray.tree import block_path, flatten, matrices, quantized_paths, replace, sizes
+from vq4dit_jax.qarray.spec import Spec, VQSpec
+from vq4dit_jax.qarray.tree import block_path, flatten, matrices, replace, sizes
 
 DISTORTION = {(64, 8): 8.8, (256, 8): 4.2, (64, 4): 2.6, (256, 4): 1.0, (64, 2): 0.32, (256, 2): 0.073}
 """(K, d) -> D, in units of K = 256, d = 4: geometric means over the layers of the built-in model, after
 `codebook.solver.solve`. What the kernels have (codes of 6 and 8 bits) is what there is to choose from."""
-_IMAGES, _STEPS = 4, 10
-_STATES = 1 << 16
-"""Maximum number of states of the dynamic programme."""
 _LLOYD_ITERATIONS = 10
 """Of a codebook that an allocation asked for; the layer solver goes on from there."""
 BY = ("layers", "roles")
@@ -78,9 +71,9 @@ class Allocate:
             max_iterations=_LLOYD_ITERATIONS,
         )
         # All else stays as it was given: what is not quantized may have been rounded, and other kinds have no menu.
-        allocated = {path for path, _, leaf in matrices(params) if leaf.kind == "vq"}
+        allocated = {path for path, _, leaf in matrices(params) if is_allocated(leaf)}
         kept = {path: leaf for path, leaf in flatten(params).items() if path not in allocated}
-        return replace(fresh, kept), {"specs": {path: dataclasses.asdict(spec) for path, spec in chosen.items()}}
+        return replace(fresh, kept), {"specs": {path: spec.to_json() for path, spec in chosen.items()}}
 
 
 def least_budget(layers: list["Layer"], assignment_bytes: int, together: bool = False) -> float:
@@ -96,22 +89,35 @@ class Layer:
     path: str
     rows: int
     columns: int
-    spec: VQSpec
+    spec: Spec
     share: float
 
-    def menu(self) -> dict[VQSpec, float]:
+    def menu(self) -> dict[Spec, float]:
         """What it can have instead -> its share of the error then."""
-        now = DISTORTION.get((self.spec.codewords, self.spec.subvector), 1.0)
-        specs = (
-            dataclasses.replace(self.spec, codewords=k, subvector=d) for k, d in DISTORTION if self.columns % d == 0
-        )
+        own = _codebook(self.spec)
+        now = DISTORTION.get((own.codewords, own.subvector), 1.0)
+        specs = (dataclasses.replace(own, codewords=k, subvector=d) for k, d in DISTORTION if self.columns % d == 0)
         # A codebook that had to shrink for the layer's size is no longer what D was measured with.
         fitting = (spec for spec in specs if spec == spec.for_matrix(self.rows, self.columns))
-        menu = {spec: self.share * DISTORTION[spec.codewords, spec.subvector] / now for spec in fitting}
+        menu = {self._with(spec): self.share * DISTORTION[spec.codewords, spec.subvector] / now for spec in fitting}
         return menu or {self.spec: self.share}
 
+    def _with(self, codebook: VQSpec) -> Spec:
+        """The spec with other codebooks; what its operand goes through stays."""
+        return codebook if isinstance(self.spec, VQSpec) else dataclasses.replace(self.spec, weight=codebook)
 
-def _menus(layers: list[Layer], together: bool) -> list[tuple[list[Layer], dict[VQSpec, tuple[int, float]]]]:
+
+def _codebook(spec: Spec) -> VQSpec:
+    """The codebooks of a spec, or of the weight inside it."""
+    return getattr(spec, "weight", spec)
+
+
+def is_allocated(leaf: QuantizedArray) -> bool:
+    """Whether a leaf is made of codebooks, or has a weight inside that is: other kinds have no menu."""
+    return getattr(leaf, "weight", leaf).kind == "vq"
+
+
+def _menus(layers: list[Layer], together: bool) -> list[tuple[list[Layer], dict[Spec, tuple[int, float]]]]:
     """Layers that share a spec, and what they can have: spec -> (bits, share of the error) of all of them."""
     shared: dict[str, list[Layer]] = {}
     for layer in layers:
@@ -128,7 +134,7 @@ def _menus(layers: list[Layer], together: bool) -> list[tuple[list[Layer], dict[
     return out
 
 
-def spread(layers: list[Layer], budget: int, together: bool = False) -> dict[str, VQSpec]:
+def spread(layers: list[Layer], budget: int, together: bool = False) -> dict[str, Spec]:
     """Path -> spec, with `budget` bits in all at most and the least cost that they can have.
 
     `together`: the blocks of a role share a spec, so that they stay one stack.
@@ -141,7 +147,7 @@ def spread(layers: list[Layer], budget: int, together: bool = False) -> dict[str
             f"calibration.budget allows {budget // 8} bytes for codes and codebooks; the least that the layers can have is "
             f"{-(-least // 8)}: multiply the budget by at least {least / max(budget, 1):.4f}"
         )
-    chosen = _cheapest([list(menu.values()) for _, menu in menus], budget)
+    chosen = cheapest([list(menu.values()) for _, menu in menus], budget)
     return {
         layer.path: list(menu)[option]
         for (members, menu), option in zip(menus, chosen, strict=True)
@@ -149,97 +155,21 @@ def spread(layers: list[Layer], budget: int, together: bool = False) -> dict[str
     }
 
 
-def _cheapest(menus: list[list[tuple[int, float]]], budget: int) -> list[int]:
-    """Of each menu of (bits, cost) the option to take: the knapsack problem with a choice of each kind, by dynamic programming.
-
-    Some choice keeps the budget. Bits are counted in their common divisor, or in a part of the budget where that would be
-    too many states; then they are rounded up, and the budget holds.
-    """
-    divisor = math.gcd(*(bits for menu in menus for bits, _ in menu))
-    unit = max(divisor, -(-budget // _STATES))
-    # best[s]: the least cost of the menus so far with s units at most.
-    best, taken = np.zeros(budget // unit + 1), []
-    for menu in menus:
-        costs = np.full((len(menu), len(best)), np.inf)
-        for option, (bits, cost) in enumerate(menu):
-            size = -(-bits // unit)
-            costs[option, size:] = best[: max(len(best) - size, 0)] + cost
-        taken.append(costs.argmin(0))
-        best = costs.min(0)
-    if not np.isfinite(best[-1]):  # only the rounding is in the way
-        return [min(range(len(menu)), key=lambda option: menu[option]) for menu in menus]
-    left, chosen = len(best) - 1, []
-    for menu, options in zip(reversed(menus), reversed(taken), strict=True):
-        chosen.append(int(options[left]))
-        left -= -(-menu[chosen[-1]][0] // unit)
-    return chosen[::-1]
-
-
-def rules(chosen: Mapping[str, VQSpec]) -> tuple[Rule, ...]:
+def rules(chosen: Mapping[str, Spec]) -> tuple[Rule, ...]:
     """For `quantize`: these paths with these specs, all others kept."""
     return (*((re.escape(path), spec) for path, spec in chosen.items()), (".*", KEEP))
 
 
-@dataclasses.dataclass(frozen=True)
-class _Keep:
-    """Keeps evaluations, without block outputs."""
-
-    def __call__(self, evaluation: trajectory.Evaluation, given: Any) -> trajectory.Evaluation:
-        return evaluation
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class _Either(Kernel):
-    """A quantized matrix where `use` is set, else the teacher's; in a stack all three lead with its axis."""
-
-    dense: Any
-    quantized: Any
-    use: Any  # bool (*stack)
-
-    def matmul(self, x: Float[Array, "*batch I"]) -> Float[Array, "*batch O"]:
-        dense = lambda x: jnp.matmul(x, self.dense.astype(x.dtype))
-        return jax.lax.cond(self.use, self.quantized.matmul, dense, x)
-
-
-def _step_errors(network: Network, cfg_scale: float, student: Any, evaluations: trajectory.Evaluation) -> jax.Array:
-    """L_s + L_c of a student, summed over a stack of evaluations."""
-    sched = network.process.schedule(_STEPS)
-
-    def one(total: jax.Array, evaluation: trajectory.Evaluation) -> tuple[jax.Array, None]:
-        output, _ = network.run(student, evaluation.x, evaluation.t, evaluation.cond)
-        return total + sum(losses.step_distance(network, sched, evaluation, output, cfg_scale)), None
-
-    return jax.lax.scan(one, jnp.float32(0.0), evaluations)[0]
-
-
-_measure = jax.jit(_step_errors, static_argnames=("network", "cfg_scale"))
-
-
 def layers(
-    network: Network, teacher: Any, packed: Any, *, key: jax.Array, cfg_scale: float, images: int = _IMAGES
+    network: Network, teacher: Any, packed: Any, *, key: jax.Array, cfg_scale: float, images: int = sensitivity.IMAGES
 ) -> list[Layer]:
-    """The quantized matrices of `packed` with the share of the error that each has, on a trajectory of the teacher.
-
-    A student is the teacher with one matrix of `packed` in its place. All of them are one program: which one is an argument.
-    """
-    problem = random_problem(network, teacher, key, images=images, cfg_scale=cfg_scale)
-    _, evaluations = trajectory.observed(network, teacher, problem, num_steps=_STEPS, scale=cfg_scale, observe=_Keep())
-    kernels, leaves = flatten(teacher), flatten(packed)
-    stack = {path: kernels[path].shape[:-2] for path in quantized_paths(packed)}  # (), or (blocks,)
-
-    def total(use: dict[str, Any]) -> float:
-        """Of the student whose matrices are quantized where `use[path]`, bool (*stack), is set."""
-        either = {path: _Either(kernels[path], leaves[path], use[path]) for path in stack}
-        return float(_measure(network, cfg_scale, replace(teacher, either), evaluations))
-
-    together = total({path: np.ones(shape, bool) for path, shape in stack.items()})
-    out = []
-    for path, block, leaf in matrices(packed):
-        if leaf.kind != "vq":
-            continue
-        use = {other: np.zeros(shape, bool) for other, shape in stack.items()}
-        use[path][... if block is None else block] = True
-        share = total(use) / max(together, 1e-30)
-        out.append(Layer(block_path(path, block, network.prefixes), *leaf.matrix, leaf.spec(), share))
-    return out
+    """The matrices of codebooks of `packed` with the share of the error that each has, on a trajectory of the teacher."""
+    wanted = [(path, block) for path, block, leaf in matrices(packed) if is_allocated(leaf)]
+    how = dict(key=key, cfg_scale=cfg_scale, images=images)
+    errors, together = sensitivity.one_at_a_time(network, teacher, packed, wanted, **how)
+    share = lambda path, block: errors[path, block] / max(together, 1e-30)
+    return [
+        Layer(block_path(path, block, network.prefixes), *leaf.matrix, leaf.spec(), share(path, block))
+        for path, block, leaf in matrices(packed)
+        if (path, block) in errors
+    ]

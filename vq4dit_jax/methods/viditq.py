@@ -1,7 +1,7 @@
 """ViDiT-Q (arXiv 2406.02540) as passes: 8-bit activations by token, balance and rotation, and weights that are solved.
 
     rtn      every matrix rounded to nearest (codebooks: k-means), its operand rotated and rounded: what there is to beat
-    w4a8     an exponent of balance for each layer, and weights solved for what they then read, rounded once
+    w4a8     centres, an exponent of balance for each layer, and weights solved for what they then read, rounded once
 
 What differs from the paper and from its released code, and why, stands in docs/methods.md. `settings` are the keys of a
 config's `viditq` section.
@@ -12,7 +12,9 @@ from typing import Any
 
 from vq4dit_jax.errors import InputError
 from vq4dit_jax.methods import vq4dit
+from vq4dit_jax.methods.allocate import Allocate
 from vq4dit_jax.methods.balance import Balance
+from vq4dit_jax.methods.mixed import Mix
 from vq4dit_jax.methods.passes import Pass
 from vq4dit_jax.methods.solve_layers import SolveLayers
 from vq4dit_jax.networks.network import Role
@@ -28,9 +30,13 @@ SETTINGS: dict[str, Any] = dict(
     activation_bits=8,
     activation_grid="symmetric",
     balance=True,
+    centre=True,
     rotation=-1,
     signs=False,
     solve=True,
+    budget=0.0,
+    mixed_bits=(2, 3, 4, 8),
+    mixed_by="layers",
 )
 """
     weights           "integers", or "codebooks" of `weight_bits` bits a weight (1, 1.5, 2, 3, 4)
@@ -39,10 +45,15 @@ SETTINGS: dict[str, Any] = dict(
     weight_grid       "symmetric", "asymmetric" or "centred" (`integer.grids`)
     activation_bits   2 to 8, or 0: activations are not rounded
     activation_grid   "symmetric" or "asymmetric" (`integer.activations`)
-    balance           a scale for each input, `Balance`
+    balance           a scale for each input, `Balance`; not of Linears that read time and condition alone, which are one product
+                      for all blocks, so that one operand serves them all
+    centre            the mean of each input is taken out before rounding, `Balance`
     rotation          inputs of a group of the rotation; 0: none, -1: the largest group that divides a layer's inputs
     signs             random signs before the rotation
     solve             weights are solved for what they read, `SolveLayers`; False: each is rounded to nearest
+    budget            bits a weight of integers, everything counted, that are spread over the layers (`Mix`); 0: all alike
+    mixed_bits        with a budget: what each layer's weights may have
+    mixed_by          with a budget: "layers", or "roles", whose blocks have the same bits and stay one stack
 """
 
 
@@ -58,17 +69,24 @@ def check(settings: Mapping[str, Any]) -> dict[str, Any]:
     for name in ("weight_group", "rotation"):
         if s[name] < (-1 if name == "rotation" else 0):
             raise InputError(f"viditq.{name}={s[name]}: wanted a number of inputs, or 0")
+    if s["budget"] and (s["weights"] == "codebooks" or not s["solve"]):
+        raise InputError(
+            f"viditq.budget={s['budget']:g}: bits are mixed of integers that are solved; wanted weights=integers and solve=True "
+            "with it (codebooks have calibration.allocation)"
+        )
     try:
         spec(s)(Role(""))
+        if s["budget"]:
+            Mix(s["budget"], tuple(s["mixed_bits"]), s["mixed_by"])
     except InputError as error:
         raise InputError(f"viditq: {error}") from None
     return s
 
 
 def name(settings: Mapping[str, Any]) -> str:
-    """Of the model, in files and metrics: "w4a8", "w2a8"; activations that are not rounded have 16 bits."""
+    """Of the model, in files and metrics: "w4a8", "w2a8", "w4a8-mp"; activations that are not rounded have 16 bits."""
     s = {**SETTINGS, **settings}
-    return f"w{s['weight_bits']:g}a{s['activation_bits'] or 16}"
+    return f"w{s['weight_bits']:g}a{s['activation_bits'] or 16}{'-mp' if s['budget'] else ''}"
 
 
 def spec(settings: Mapping[str, Any]) -> Callable[[Role], Spec]:
@@ -81,15 +99,26 @@ def spec(settings: Mapping[str, Any]) -> Callable[[Role], Spec]:
         integers = IntSpec(int(s["weight_bits"]), s["weight_group"] or None, s["weight_grid"])
         inner = lambda role: integers
     rotation = None if s["rotation"] == -1 else s["rotation"]
-    operand = (s["activation_bits"] or None, s["activation_grid"], rotation, s["signs"], s["balance"])
-    return lambda role: OperandSpec(inner(role), *operand)
+    rounded = dict(bits=s["activation_bits"] or None, grid=s["activation_grid"], rotation=rotation, centred=s["centre"])
+
+    def one(role: Role) -> Spec:
+        if role.reads != "conditioning":
+            return OperandSpec(inner(role), signed=s["signs"], scaled=s["balance"], **rounded)
+        # Its few rows cost nothing to read in 16 bits, and codewords of 16 bits take no more than those of 8.
+        return inner(role) if s["weights"] == "codebooks" else OperandSpec(inner(role), **rounded)
+
+    return one
 
 
 def passes(settings: Mapping[str, Any], calibration: Mapping[str, Any] | None = None) -> tuple[Pass, ...]:
     """The passes after the first rounding. `calibration`: settings of `vq4dit.passes`, which solve and train codebooks."""
     s, rest = check(settings), {**vq4dit.defaults(), **(calibration or {})}
     batch = dict(images=rest["batch"], cfg_scale=rest["cfg_scale"])
-    balance = (Balance(**batch),) if s["balance"] else ()
+    balance = (Balance(**batch),) if s["balance"] or s["centre"] else ()
     if s["weights"] == "codebooks":
-        return (*balance, *vq4dit.passes(rest))
-    return (*balance, *((SolveLayers(**batch),) if s["solve"] else ()))
+        # An allocation makes its leaves anew, so that what their operands have is chosen after it.
+        first, *more = vq4dit.passes(rest)
+        return (first, *balance, *more) if isinstance(first, Allocate) else (*balance, first, *more)
+    if s["budget"]:
+        return (*balance, Mix(s["budget"], tuple(s["mixed_bits"]), s["mixed_by"], **batch))
+    return (*balance, *((SolveLayers(**batch, shift=True),) if s["solve"] else ()))

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Float
 
 from pallas_kernels import nibbles
+from pallas_kernels.operand import Operand
 from pallas_kernels.reference_norm import largest_quantized
 from pallas_kernels.weights import NibbleWeights, PreparedLinear, pair_rows
 from vq4dit_jax.diffusion import trajectory
@@ -99,7 +100,7 @@ def activation_ranges(
     `images` random classes, DDPM in `num_steps` steps with guidance; the model itself, prepared without ranges, makes the
     trajectory. Arguments as those of `prepare_for_inference` and `sample`.
     """
-    prepared = prepare_for_inference(params, "int8" if weights else None, weights=weights)
+    prepared = prepare_for_inference(params, "int8" if weights or _rounds(params) else None, weights=weights)
     network = model.network()
     problem = random_problem(network, prepared, key, images=images, cfg_scale=cfg_scale)
     how = dict(num_steps=num_steps, scale=cfg_scale, observe=_Ranges(model), given=prepared)
@@ -135,16 +136,27 @@ def for_sampling(model: DiT, params: Any, activations: str, cfg_scale: float) ->
     weights = None if packed else "int8"
     if activations == "bfloat16":
         return prepare_for_inference(params)
+    if not any(_plain(run, name) for run in split_runs(params["blocks"]) for name in _RANGES):
+        return prepare_for_inference(params, activations, weights=weights)
     ranges = activation_ranges(model, params, key=jax.random.key(0), weights=weights, cfg_scale=cfg_scale)
     return prepare_for_inference(params, activations, weights=weights, ranges=ranges)
+
+
+def _rounds(params: Any) -> bool:
+    """Whether leaves say themselves that activations are rounded."""
+    leaves = jax.tree.leaves(params, is_leaf=is_quantized)
+    return any(is_quantized(leaf) and leaf.activation_bits is not None for leaf in leaves)
 
 
 def _prepare_run(run: Any, dtype: Any, weights: str | None, ranges: Any) -> PreparedBlocks:
     make = functools.partial(_prepare_linear, dtype=dtype, weights=weights)
     fixed = {name: np.maximum(v, 1e-6) / largest_quantized(dtype) for name, v in (ranges or {}).items()}
-    attended, hidden = (fixed.get(name) for name in _RANGES)
+    # A fixed scale is applied where rows are made, before the operand of what reads them could be.
+    attended, hidden = (fixed.get(name) if _plain(run, name) else None for name in _RANGES)
     # Few tokens: adaLN's time is that of reading its weights, and codewords in 16 bits take no more than in 8.
-    adaln = functools.partial(make, dtype=jnp.dtype(jnp.bfloat16)) if weights is None else make
+    kernel = run["adaLN_modulation"]["1"]["kernel"]
+    rounded = weights is not None or (is_quantized(kernel) and kernel.activation_bits is not None)
+    adaln = make if rounded else functools.partial(make, dtype=jnp.dtype(jnp.bfloat16))
     return PreparedBlocks(
         modulation=adaln("adaLN_modulation/1", run["adaLN_modulation"]["1"], as_one=True),
         qkv=make("attn/qkv", run["attn"]["qkv"]),
@@ -153,6 +165,28 @@ def _prepare_run(run: Any, dtype: Any, weights: str | None, ranges: Any) -> Prep
         fc2=make("mlp/fc2", run["mlp"]["fc2"], operand_scale=hidden),
         attention_scale=None if attended is None else jnp.asarray(attended, jnp.float32),
     )
+
+
+def _plain(run: Any, name: str) -> bool:
+    """Whether the rows that a Linear reads are rounded as they come."""
+    outer, inner = name.split("/")
+    kernel = run[outer][inner]["kernel"]
+    return not is_quantized(kernel) or kernel.prepared_operand() is None
+
+
+def _one_operand(operand: Operand | None, name: str) -> Operand | None:
+    """The operand of a product of all layers at once, whose vectors must be the same in all of them."""
+    if operand is None:
+        return None
+    for what in ("scale", "shift"):
+        rows = getattr(operand, what)
+        if rows is not None and not (np.asarray(rows) == np.asarray(rows[:1])).all():
+            raise InputError(
+                f"blocks/{name}/kernel has another {what} of its operand in each block; one product makes all of them, and "
+                "needs one: give its rule scaled=False"
+            )
+    first = lambda a: None if a is None else a[:1]
+    return Operand(first(operand.scale), first(operand.shift), operand.rotation)
 
 
 def _prepare_linear(
@@ -182,7 +216,10 @@ def _prepare_linear(
         packed, row_scale = kernel.prepare(dtype, as_one=as_one, paired_rows=paired, table_bytes=table)
     except ValueError as e:
         raise InputError(f"blocks/{name}/kernel has no form for the kernels: {e}") from e
+    operand, missing = kernel.prepared_operand(), kernel.missing()
+    operand = _one_operand(operand, name) if as_one else operand
     bias = np.asarray(leaf["bias"], np.float32)
+    bias = bias if missing is None else bias + missing
     if operand_scale is not None:
         scale = np.asarray(operand_scale)[:, None]
         if isinstance(packed, NibbleWeights):
@@ -193,4 +230,4 @@ def _prepare_linear(
         bias, row_scale = pair_rows(bias), None if row_scale is None else pair_rows(row_scale)
     flat = lambda a: None if a is None else jnp.asarray(a.reshape(1, -1) if as_one else a)
     result = None if result_scale is None else jnp.asarray(result_scale, jnp.float32)
-    return PreparedLinear(packed, flat(bias), flat(row_scale), result)
+    return PreparedLinear(packed, flat(bias), flat(row_scale), result, operand)

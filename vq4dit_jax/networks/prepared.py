@@ -38,7 +38,8 @@ class PreparedBlocks:
         float8_e4m3fn. The residual stream between them is bfloat16.
       * `modulation` is a `PreparedLinear` of one layer with the rows of all L adaLN layers, one after the other.
       * where fc1 has a `result_scale`, its result goes to fc2 in 8 bits, and fc2's `row_scale` contains that scale;
-        likewise `attention_scale` (L,) float32, or None, and proj's.
+        likewise `attention_scale` (L,) float32, or None, and proj's. Neither is there where fc2 or proj has an `operand`.
+      * the operands of `qkv` and `fc1` are applied with the norm before them, those of the others where their rows are rounded.
     """
 
     modulation: PreparedLinear
@@ -60,8 +61,10 @@ class PreparedBlocks:
 
 def modulation(blocks: PreparedBlocks, activated: Float[Array, "B D"]) -> Float[Array, "B C"]:
     """Shifts, scales and gates of all blocks, C = L * 6 * D, from SiLU(c); depends on (t, y) alone."""
-    operand, scale = ops.quantize_tokens(activated.astype(jnp.bfloat16), blocks.modulation.weights.dtype)
-    return ops.linear(operand, blocks.modulation, jnp.zeros(1, jnp.int32), scale)
+    layer = jnp.zeros(1, jnp.int32)
+    read = ops.moved(activated.astype(jnp.bfloat16), blocks.modulation, layer)
+    operand, scale = ops.quantize_tokens(read, blocks.modulation.weights.dtype)
+    return ops.linear(operand, blocks.modulation, layer, scale)
 
 
 def run(
@@ -110,20 +113,20 @@ def _block(
     layer = i.reshape(1)
     stride = _CHUNKS * width
 
-    def norm(shift: int, scale: int, eps: float) -> Any:
-        offsets = (shift * width, scale * width)
-        dtype = blocks.operand_dtype
-        return ops.norm(x, modulations, layer, tokens=tokens, dtype=dtype, stride=stride, offsets=offsets, eps=eps)
+    def norm(reader: PreparedLinear, shift: int, scale: int, eps: float) -> Any:
+        how = dict(dtype=blocks.operand_dtype, stride=stride, offsets=(shift * width, scale * width), eps=eps)
+        return ops.norm(x, modulations, layer, tokens=tokens, operand=reader.operand, **how)
 
     def gated(operand: Any, prepared: PreparedLinear, scale: Any, gate: int) -> jax.Array:
         where = dict(tokens=tokens, gate_stride=stride, gate_offset=gate * width)
         return ops.linear(operand, prepared, layer, scale, modulation=modulations, residual=x, **where)
 
-    operand, scale = norm(_SHIFT1, _SCALE1, eps[0])
+    operand, scale = norm(blocks.qkv, _SHIFT1, _SCALE1, eps[0])
     qkv = ops.linear(operand, blocks.qkv, layer, scale)
     attend = functools.partial(ops.fused_attention, qkv, layer, tokens=tokens, num_heads=num_heads)
     if blocks.attention_scale is None:
         attended, _ = attend(dtype=jnp.bfloat16)
+        attended = ops.moved(attended, blocks.proj, layer)
         operand, scale = ops.quantize_tokens(attended, blocks.operand_dtype)
     else:
         # The fixed scale is in proj's row_scale.
@@ -131,10 +134,12 @@ def _block(
         operand = attended
     x = gated(operand, blocks.proj, scale, _GATE1)
 
-    operand, scale = norm(_SHIFT2, _SCALE2, eps[1])
+    operand, scale = norm(blocks.fc1, _SHIFT2, _SCALE2, eps[1])
     hidden = ops.linear(operand, blocks.fc1, layer, scale, gelu=True)
     # 8-bit results of fc1 carry one scale for all tokens, which is in fc2's row_scale.
-    operand, scale = (
-        (hidden, None) if hidden.dtype == blocks.operand_dtype else ops.quantize_tokens(hidden, blocks.operand_dtype)
-    )
+    if blocks.fc1.result_scale is not None:
+        operand, scale = hidden, None
+    else:
+        hidden = ops.moved(hidden, blocks.fc2, layer)
+        operand, scale = ops.quantize_tokens(hidden, blocks.operand_dtype)
     return gated(operand, blocks.fc2, scale, _GATE2), {"attn/proj": attended, "mlp/fc2": hidden}

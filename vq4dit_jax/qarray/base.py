@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float
 
+from pallas_kernels.operand import Operand
 from vq4dit_jax.errors import InputError
 
 Json = Any
@@ -152,6 +153,19 @@ class QuantizedArray(Kernel):
             f"a {type(self).__name__} has no form for the kernels; a VQArray has one, and an IntArray with 4 or 8 bits "
             "and a symmetric grid"
         )
+
+    @property
+    def activation_bits(self) -> int | None:
+        """Bits that the rows of x are rounded to before the product; None: they are not."""
+        return None
+
+    def prepared_operand(self) -> Operand | None:
+        """What the rows of x go through before they are rounded, of the stack as one axis; None: nothing."""
+        return None
+
+    def missing(self) -> Float[np.ndarray, "*stack O"] | None:
+        """What the product with the prepared operand lacks, a constant for each output; None: nothing."""
+        return None
 
 
 class Transient(QuantizedArray):

@@ -142,14 +142,14 @@ class IntArray(QuantizedArray):
     def prepare(
         self, operand_dtype: Any, *, as_one: bool = False, paired_rows: bool = False, table_bytes: int = 0
     ) -> tuple[ByteWeights | NibbleWeights, Float[np.ndarray, "L O"] | None]:
-        """8-bit operands: a scale for each row as bytes, or 4 bits with a scale for each row and 128 inputs as nibbles."""
+        """8-bit operands: bytes with a scale for each row, or nibbles of up to 4 bits with one for each row and 128 inputs."""
         as_bytes = self.group is None or self.group >= self.matrix[1]
-        as_nibbles = self.bits == 4 and self.group == nibbles.COLUMNS
+        as_nibbles = self.bits <= 4 and self.group == nibbles.COLUMNS
         if jnp.dtype(operand_dtype) != jnp.int8 or self.grid != "symmetric" or not (as_bytes or as_nibbles):
             raise InputError(
                 f"the kernels have no form for {self.qtype} with a {self.grid} grid for each "
                 f"{self.group or 'row'} and {jnp.dtype(operand_dtype).name} activations; they have int8 activations, "
-                f"symmetric grids, and scales for whole rows, or int4 with a scale for each {nibbles.COLUMNS} inputs"
+                f"symmetric grids, and scales for whole rows, or int2 to int4 with a scale for each {nibbles.COLUMNS} inputs"
             )
         values = (np.asarray(self.codes()) - 2 ** (self.bits - 1)).astype(np.int8)
         scale, columns = np.asarray(self.scale, np.float32), self.matrix[1]

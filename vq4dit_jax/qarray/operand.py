@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from pallas_kernels.operand import Operand
 from vq4dit_jax.errors import InputError
 from vq4dit_jax.integer import activations, hadamard
 from vq4dit_jax.qarray.base import KINDS, Cost, Json, QuantizedArray, integer_fact, matrix_fact, register, static
@@ -165,6 +166,13 @@ class OperandArray(QuantizedArray):
     def scaled(self, factor: Any) -> "OperandArray":
         return dataclasses.replace(self, weight=self.weight.scaled(factor))
 
+    def with_weight(
+        self, spec: Spec, weight: Float[np.ndarray, "*stack O I"], key: jax.Array, iterations: int = 100
+    ) -> "OperandArray":
+        """The leaf of this weight with V made by another spec; all that its operand goes through stays."""
+        turned = np.asarray(self.turned(jnp.asarray(weight, jnp.float32)))
+        return dataclasses.replace(self, weight=spec.quantize(turned, key, iterations=iterations))
+
     def turned(self, weight: Float[Array, "*stack O I"]) -> Float[Array, "*stack O I"]:
         """W diag(1 / t) Q, what `weight` stands for."""
         if self.scale is not None:
@@ -174,6 +182,41 @@ class OperandArray(QuantizedArray):
     def _rows(self, a: Any) -> Array | None:
         """(*stack, 1, I) float32 of what is given for each input."""
         return None if a is None else jnp.asarray(a, jnp.float32)[..., None, :]
+
+    def prepare(self, operand_dtype: Any, **how: Any) -> Any:
+        """The weight's own form. Its rows must be rounded as `activations` of 8 bits, or not at all."""
+        wanted = None if jnp.dtype(operand_dtype).itemsize == 2 else 8
+        if self.bits != wanted or (self.bits and self.grid != "symmetric"):
+            has = "not rounded" if self.bits is None else f"in {self.bits} bits ({self.grid})"
+            raise InputError(
+                f"its activations are {has}, and the prepared form was asked for {jnp.dtype(operand_dtype).name}; there are "
+                "bfloat16 for activations that are not rounded, and 8 bits for symmetric ones of 8"
+            )
+        return self.weight.prepare(operand_dtype, **how)
+
+    @property
+    def activation_bits(self) -> int | None:
+        return self.bits
+
+    def prepared_operand(self) -> Operand | None:
+        if not self.has_scale and not self.rotation:
+            return None
+        wide = lambda a: None if a is None else np.asarray(a, np.float32).reshape(-1, self.matrix[1])
+        scale, signs, centre = wide(self.scale), wide(self.signs), wide(self.centre)
+        if signs is not None:
+            scale = signs if scale is None else scale * signs
+        shift = None if centre is None else -centre if scale is None else -centre * scale
+        matrix = hadamard.regular(self.rotation) / np.sqrt(self.rotation) if self.rotation else None
+        return Operand(*(None if a is None else jnp.asarray(a, jnp.float32) for a in (scale, shift, matrix)))
+
+    def missing(self) -> Any:
+        """m W_hat^T, decoded a block at a time, so that one dense weight is there at once."""
+        if self.centre is None:
+            return None
+        flat = jax.tree.map(lambda a: np.asarray(a).reshape(-1, *a.shape[len(self.stack) :]), self)
+        blocks = (flat.block(i) for i in range(len(flat.centre)))
+        found = [np.asarray(one.decode(jnp.float32)) @ np.asarray(one.centre, np.float32) for one in blocks]
+        return np.stack(found).reshape(*self.stack, -1)
 
     def solve(
         self, kernel: Any, second: Any, block: Any = None, *, feedbacks: Any, rounds: Any, mean: Any = None
@@ -278,9 +321,7 @@ class OperandSpec(Spec):
             jnp.asarray(np.full((*stack, columns), otherwise) if a is None else a, jnp.float16) if there else None
         )
         own = (of(self.scaled, scale, 1.0), signs, of(self.centred, centre, 0.0))
-        leaf = self._leaf(None, *own, weight.shape[-2:])
-        turned = np.asarray(leaf.turned(jnp.asarray(weight, jnp.float32)))
-        return dataclasses.replace(leaf, weight=self.weight.quantize(turned, key, iterations=iterations))
+        return self._leaf(None, *own, weight.shape[-2:]).with_weight(self.weight, weight, key, iterations)
 
     def _leaf(self, weight: Any, scale: Any, signs: Any, centre: Any, matrix: Any = None) -> OperandArray:
         matrix = tuple(weight.matrix if matrix is None else matrix)

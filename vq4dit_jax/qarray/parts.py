@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from vq4dit_jax.qarray.base import Kernel, is_quantized
@@ -60,6 +61,19 @@ def parts_of(leaf: Any) -> list[tuple[int | None, Any]]:
 def from_parts(parts: Sequence[Any]) -> Any:
     """Inverse of `parts_of`: one leaf as it is, several as `Parts`."""
     return parts[0] if len(parts) == 1 else Parts(tuple(parts))
+
+
+def stack_blocks(blocks: Sequence[Any]) -> Any:
+    """A stacked leaf of its blocks' matrices (leaves without stack axes): consecutive ones of one form are a part."""
+    form = lambda leaf: (jax.tree.structure(leaf), [(a.shape, np.dtype(a.dtype)) for a in jax.tree.leaves(leaf)])
+    parts: list[list[Any]] = []
+    for leaf in blocks:
+        if parts and form(parts[-1][0]) == form(leaf):
+            parts[-1].append(leaf)
+        else:
+            parts.append([leaf])
+    stack = lambda *arrays: jax.device_put(np.stack([np.asarray(a) for a in arrays]))
+    return from_parts([jax.tree.map(stack, *part) for part in parts])
 
 
 @jax.tree_util.register_dataclass

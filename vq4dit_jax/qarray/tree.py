@@ -173,23 +173,31 @@ def dequantize(params: Params, dtype: Any = None) -> Any:
     """The same tree with dense kernels (*stack, I, O), in `dtype`; None: in the leaf's own, parts in float32.
 
     Of any quantized leaves, packed or soft (differentiable), also inside `jax.jit`: what makes a module that knows
-    arrays alone run with quantized parameters.
+    arrays alone run with quantized parameters. Rounding of activations is lost.
     """
+    return jax.tree.map(lambda leaf: _whole(leaf, dtype), params, is_leaf=_is_node)
 
-    def one(leaf: Any) -> Any:
-        if not is_parts(leaf):
-            return _dense(leaf, dtype)
-        wide = dtype or jnp.float32
-        return jnp.concatenate([jnp.asarray(_dense(part, wide), wide) for part in leaf])
 
-    return jax.tree.map(one, params, is_leaf=lambda node: is_quantized(node) or is_parts(node))
+def _is_node(node: Any) -> bool:
+    return is_quantized(node) or is_parts(node)
+
+
+def _whole(leaf: Any, dtype: Any) -> Any:
+    if not is_parts(leaf):
+        return _dense(leaf, dtype)
+    wide = dtype or jnp.float32
+    return jnp.concatenate([jnp.asarray(_dense(part, wide), wide) for part in leaf])
 
 
 def densify(params: Params) -> Params:
     """Where leaves are in parts, all of them decoded to whole stacks (float32), else the same tree: a compiler then sees one
-    block, and not every run of equal ones. For calibration and measures; it takes a dense model's memory."""
-    in_parts = any(map(is_parts, jax.tree.leaves(params, is_leaf=is_parts)))
-    return dequantize(params, jnp.float32) if in_parts else params
+    block, and not every run of equal ones. For calibration and measures; it takes a dense model's memory. Leaves that round
+    their activations stay, because a dense kernel does not."""
+    nodes = jax.tree.leaves(params, is_leaf=_is_node)
+    if not any(map(is_parts, nodes)):
+        return params
+    rounds = lambda leaf: any(is_quantized(part) and part.activation_bits for _, part in parts_of(leaf))
+    return jax.tree.map(lambda leaf: leaf if rounds(leaf) else _whole(leaf, jnp.float32), params, is_leaf=_is_node)
 
 
 def dense_shapes(params: Params) -> dict[str, tuple[int, ...]]:

@@ -45,7 +45,7 @@ def _check_budget(config: Any, network: Any, packed: Any) -> None:
     layers = [
         allocate.Layer(block_path(path, block, network.prefixes), *leaf.matrix, leaf.spec(), 1.0)
         for path, block, leaf in matrices(packed)
-        if leaf.kind == "vq"
+        if allocate.is_allocated(leaf)
     ]
     together = config.calibration.allocation == "roles"
     least = allocate.least_budget(layers, sizes(packed).assignment_bytes, together)

@@ -97,6 +97,34 @@ def cifar10() -> ml_collections.ConfigDict:
     return c
 
 
+def w8a8(c: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """ViDiT-Q with 8-bit weights, a scale for each row, and 8-bit activations."""
+    c.quantize.method = "viditq"
+    c.sample.activations = "int8"
+    return c
+
+
+def w4a8(c: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """ViDiT-Q with 4-bit weights, a scale for each row and 128 inputs as the kernels have it, and 8-bit activations."""
+    c = w8a8(c)
+    c.viditq.update(weight_bits=4.0, weight_group=128)
+    return c
+
+
+def w4a8_mp(c: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """The same with 4.0 bits a weight in all, spread over the layers."""
+    c = w4a8(c)
+    c.viditq.budget = 4.0
+    return c
+
+
+def w2a8(c: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """VQ4DiT's codebooks of 2 bits a weight on ViDiT-Q's 8-bit activations."""
+    c = w8a8(c)
+    c.viditq.update(weights="codebooks", weight_bits=2.0, balance=False)
+    return c
+
+
 def xl2(image_size: int, bits: float) -> ml_collections.ConfigDict:
     """The published DiT-XL/2 with the batch, steps and guidance of the paper."""
     c = default()

@@ -1,0 +1,94 @@
+"""What each quantized matrix alone does to the sampler's step: the error of a teacher that has that matrix in its place.
+
+s_l = sum over the steps of a trajectory of L_s + L_c (`losses.step_distance`) of the teacher with layer l quantized
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from vq4dit_jax.diffusion import trajectory
+from vq4dit_jax.methods import losses
+from vq4dit_jax.networks.network import Network, random_problem
+from vq4dit_jax.qarray.base import Kernel
+from vq4dit_jax.qarray.tree import flatten, quantized_paths, replace
+
+IMAGES, _STEPS = 4, 10
+
+Matrix = tuple[str, int | None]
+"""The path of a leaf, and the number of the block in its stack."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Keep:
+    """Keeps evaluations, without block outputs."""
+
+    def __call__(self, evaluation: trajectory.Evaluation, given: Any) -> trajectory.Evaluation:
+        return evaluation
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Either(Kernel):
+    """A quantized matrix where `use` is set, else the teacher's; in a stack all three lead with its axis."""
+
+    dense: Any
+    quantized: Any
+    use: Any  # bool (*stack)
+
+    def matmul(self, x: Float[Array, "*batch I"]) -> Float[Array, "*batch O"]:
+        dense = lambda x: jnp.matmul(x, self.dense.astype(x.dtype))
+        return jax.lax.cond(self.use, self.quantized.matmul, dense, x)
+
+
+def _step_errors(network: Network, cfg_scale: float, student: Any, evaluations: trajectory.Evaluation) -> jax.Array:
+    """L_s + L_c of a student, summed over a stack of evaluations."""
+    sched = network.process.schedule(_STEPS)
+
+    def one(total: jax.Array, evaluation: trajectory.Evaluation) -> tuple[jax.Array, None]:
+        output, _ = network.run(student, evaluation.x, evaluation.t, evaluation.cond)
+        return total + sum(losses.step_distance(network, sched, evaluation, output, cfg_scale)), None
+
+    return jax.lax.scan(one, jnp.float32(0.0), evaluations)[0]
+
+
+_measure = jax.jit(_step_errors, static_argnames=("network", "cfg_scale"))
+
+
+def one_at_a_time(
+    network: Network,
+    teacher: Any,
+    packed: Any,
+    wanted: Sequence[Matrix],
+    *,
+    key: jax.Array,
+    cfg_scale: float,
+    images: int = IMAGES,
+) -> tuple[dict[Matrix, float], float]:
+    """(error of each wanted matrix alone, error of all quantized matrices together), on a trajectory of the teacher.
+
+    A student is the teacher with one matrix of `packed` in its place. All of them are one program: which one is an argument.
+    """
+    problem = random_problem(network, teacher, key, images=images, cfg_scale=cfg_scale)
+    _, evaluations = trajectory.observed(network, teacher, problem, num_steps=_STEPS, scale=cfg_scale, observe=_Keep())
+    kernels, leaves = flatten(teacher), flatten(packed)
+    stack = {path: kernels[path].shape[:-2] for path in quantized_paths(packed)}  # (), or (blocks,)
+
+    def total(use: dict[str, Any]) -> float:
+        """Of the student whose matrices are quantized where `use[path]`, bool (*stack), is set."""
+        either = {path: _Either(kernels[path], leaves[path], use[path]) for path in stack}
+        return float(_measure(network, cfg_scale, replace(teacher, either), evaluations))
+
+    def alone(matrix: Matrix) -> float:
+        path, block = matrix
+        use = {other: np.zeros(shape, bool) for other, shape in stack.items()}
+        use[path][... if block is None else block] = True
+        return total(use)
+
+    together = total({path: np.ones(shape, bool) for path, shape in stack.items()})
+    return {matrix: alone(matrix) for matrix in wanted}, together
