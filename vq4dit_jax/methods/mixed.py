@@ -102,6 +102,24 @@ def _is_mixed(leaf: Any) -> bool:
     return getattr(leaf, "weight", leaf).kind == "int"
 
 
+def least_budget(params: Any, bits: Sequence[int]) -> float:
+    """The smallest `Mix.budget` that these leaves can be given; works on shapes alone."""
+    stored = weights = 0
+    for _, _, leaf in matrices(params):
+        if _is_mixed(leaf):
+            inner = getattr(leaf, "weight", leaf)
+            own = _stored_bits(leaf) - _stored_bits(inner)
+            stored += own + min(_spec(inner, b).stored_bits(*leaf.matrix) for b in bits)
+            weights += _weights(leaf)
+    return stored / max(weights, 1)
+
+
+def _spec(leaf: Any, bits: int) -> IntSpec:
+    """That of a leaf of integers with other bits."""
+    now = leaf.spec()
+    return IntSpec(bits, None if bits == 8 else now.group, now.grid)
+
+
 def _with_bits(teacher: Any, params: Any, bits: int, key: jax.Array) -> Any:
     """The tree with all integer weights made anew in other bits."""
     kernels = flatten(teacher)
@@ -110,8 +128,7 @@ def _with_bits(teacher: Any, params: Any, bits: int, key: jax.Array) -> Any:
         if not _is_mixed(leaf):
             return leaf
         weight = np.asarray(kernels[path] if block is None else kernels[path][block], np.float32).T
-        inner = getattr(leaf, "weight", leaf).spec()
-        spec = IntSpec(bits, None if bits == 8 else inner.group, inner.grid)
+        spec = _spec(getattr(leaf, "weight", leaf), bits)
         return spec.quantize(weight, key) if leaf.kind == "int" else leaf.with_weight(spec, weight, key)
 
     made: dict[str, list[Any]] = {}

@@ -12,6 +12,7 @@ from vq4dit_jax.files import write_text
 from vq4dit_jax.reporting import outcome, process
 from vq4dit_jax.reporting import table as papers
 from vq4dit_jax.reporting.markup import render
+from vq4dit_jax.reporting.sensitivity import sensitivity
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +33,7 @@ class ReportData:
         per weight), "kmeans_error" and "final_error" (relative Frobenius error of the weights, before and after
         calibration).
       table: the rows of table.json, see `reporting.table`.
+      passes: the reports of the passes that made the final model.
       images: model ("fp", "kmeans", "vq4dit", in this order) -> uint8 (N, H, W, 3); picture i of each from the same
         seed and label. N may differ: the page shows the pictures that all models have.
       labels: class name of each picture.
@@ -47,6 +49,7 @@ class ReportData:
     labels: list[str]
     command: str
     table: list[dict] = dataclasses.field(default_factory=list)
+    passes: list[dict] = dataclasses.field(default_factory=list)
 
 
 def write_report(path: str | os.PathLike, data: ReportData) -> None:
@@ -64,6 +67,7 @@ def write_report(path: str | os.PathLike, data: ReportData) -> None:
         process.ratios(data.train_log),
         outcome.size(data.metrics),
         process.layer_errors(data.layers),
+        sensitivity(data.passes),
         process.time(data.metrics),
         process.recipe(data.metrics, data.config, data.command),
     ]

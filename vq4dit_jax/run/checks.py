@@ -8,7 +8,7 @@ import numpy as np
 
 from vq4dit_jax.diffusion.samplers import sampler_for
 from vq4dit_jax.errors import InputError
-from vq4dit_jax.methods import allocate
+from vq4dit_jax.methods import allocate, mixed
 from vq4dit_jax.networks import inference
 from vq4dit_jax.networks.network import as_network
 from vq4dit_jax.qarray.parts import split_runs
@@ -37,6 +37,14 @@ def check(config: Any, model: Any, teacher: Any) -> None:
     packed = jax.tree.map(lambda a: np.broadcast_to(np.zeros((), a.dtype), a.shape), shapes)
     if config.calibration.allocation != "given":
         _check_budget(config, network, packed)
+    if config.quantize.method == "viditq" and config.viditq.budget:
+        own = config.viditq
+        least = mixed.least_budget(packed, own.mixed_bits)
+        if least > own.budget:
+            raise InputError(
+                f"--config.viditq.budget={own.budget:g} bits a weight: the least that {min(own.mixed_bits)} bits take with their "
+                f"scales is {math.ceil(least * 1000) / 1000:g}; give more, or other --config.viditq.mixed_bits"
+            )
     _check_activations(config.sample.activations, packed)
 
 

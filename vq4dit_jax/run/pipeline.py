@@ -343,6 +343,7 @@ class Pipeline:
                 images=images,
                 labels=names,
                 command=self.command,
+                passes=checkpoint.load_metadata(self.dir.made(self.names[-1]))["extra"]["passes"],
             )
             reporting.write_report(self.dir.report, data)
 
