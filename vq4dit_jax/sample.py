@@ -125,6 +125,7 @@ def _main(flags: argparse.Namespace) -> None:
         "seed": flags.seed,
         "batch": plan.batch,
         "activations": flags.activations,
+        "model": provenance.facts_of(model),  # the same parameters with other heads are another
         "model_sha256": provenance.digest(params),
         "decoder": decoder,
         "rounding": "uint8, 127.5 x + 128, clipped, cut off",
