@@ -23,9 +23,10 @@ from conftest import ROOT, environment
 from models import tiny
 
 import vq4dit_jax
+from convert.inception import load_inception
+from vq4dit_jax import npz
 from vq4dit_jax.diffusion.sampling import to_uint8
 from vq4dit_jax.errors import InputError
-from vq4dit_jax.evaluation import npz
 from vq4dit_jax.files import asset
 from vq4dit_jax.methods.kmeans import quantize
 from vq4dit_jax.networks import sampling
@@ -371,7 +372,11 @@ def test_members_that_inflate_beyond_reason_are_not_read(tmp_path):
     _zeros(tmp_path / "row.npz", "arr_0", 1 << 28, shape=(1, 1 << 28))
     _zeros(tmp_path / "small.npz", "mu", 1 << 20)
     assert (tmp_path / "bomb.npz").stat().st_size < 1 << 20
-    for read in (lambda: npz.read_arrays(tmp_path / "bomb.npz"), lambda: npz.read_head(tmp_path / "row.npz", 1)):
+    for read in (
+        lambda: npz.read_arrays(tmp_path / "bomb.npz"),
+        lambda: npz.read_head(tmp_path / "row.npz", 1),
+        lambda: load_inception(tmp_path / "bomb.npz"),
+    ):
         tracemalloc.start()
         with pytest.raises(InputError, match="bytes of memory"):
             read()

@@ -15,9 +15,8 @@ import numpy as np
 from benchmarks import record
 from benchmarks.quality.methods import METHODS
 from benchmarks.quality.rows import Case, filled
-from vq4dit_jax import files
+from vq4dit_jax import files, npz
 from vq4dit_jax.errors import InputError
-from vq4dit_jax.evaluation import npz
 from vq4dit_jax.methods.agreement import held_out_agreement
 from vq4dit_jax.qarray.tree import Sizes, dequantize
 from vq4dit_jax.reporting.markup import figure
