@@ -14,7 +14,6 @@ import functools
 import os
 import pathlib
 import re
-import zipfile
 from collections.abc import Iterable, Mapping
 
 import jax
@@ -26,6 +25,7 @@ from convert import inception_graph
 from convert.checkpoint import Checkpoint
 from convert.download import check_address
 from convert.readers import open_checkpoint
+from vq4dit_jax import npz
 from vq4dit_jax.errors import InputError
 from vq4dit_jax.evaluation.networks.inception import Inception
 
@@ -216,12 +216,7 @@ def _from_graph(graph: inception_graph.Graph) -> dict:
 
 
 def _open_npz(path: pathlib.Path) -> Checkpoint:
-    try:
-        with open(path, "rb") as file:  # np.load leaves a file open that turns out to be no zip archive
-            stored = np.load(file, allow_pickle=False)
-            arrays = {name: stored[name] for name in stored.files}
-    except (OSError, ValueError, EOFError, KeyError, AttributeError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path}: not a whole .npz of arrays: {error}") from None
+    arrays = npz.read_arrays(path)
     for name, value in arrays.items():
         if not np.issubdtype(value.dtype, np.floating):
             raise InputError(f"{path}: {name} is of type {value.dtype}; floating-point weights are wanted")

@@ -13,9 +13,8 @@ from convert.facebook import FACEBOOK
 from convert.layout import BIAS, CONV, LINEAR, POSITIONS, TABLE
 from examples.data import Dataset
 from examples.training import Recipe
-from vq4dit_jax import evaluation, files, reporting
+from vq4dit_jax import evaluation, files, npz, reporting
 from vq4dit_jax.errors import InputError
-from vq4dit_jax.evaluation import npz
 from vq4dit_jax.networks.dit import DiT
 from vq4dit_jax.run import generation
 from vq4dit_jax.storage import provenance

@@ -22,6 +22,7 @@ ORDER = (
     ("codebook",),
     ("integer",),
     ("pallas_kernels",),
+    ("npz",),
     ("files", "progress", "command_line"),
     ("errors",),
     ("vq4dit_jax",),

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import resource
+import runpy
 import signal
 import socket
 import subprocess
@@ -22,9 +23,10 @@ from conftest import ROOT, environment
 from models import tiny
 
 import vq4dit_jax
+from convert.inception import load_inception
+from vq4dit_jax import npz
 from vq4dit_jax.diffusion.sampling import to_uint8
 from vq4dit_jax.errors import InputError
-from vq4dit_jax.evaluation import npz
 from vq4dit_jax.files import asset
 from vq4dit_jax.methods.kmeans import quantize
 from vq4dit_jax.networks import sampling
@@ -196,8 +198,6 @@ def test_a_finished_folder_is_left_alone_and_another_recipe_is_refused(whole):
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line(argument, words, checkpoint, tmp_path, capsys):
-    import runpy
-
     module = runpy.run_module("vq4dit_jax.sample", run_name="sample_command")
     out = tmp_path / "out"
     code = module["main"]([f"--checkpoint={checkpoint}", f"--out={out}", "--num-images=3", "--steps=1", argument])
@@ -269,8 +269,6 @@ def test_the_command_refuses_a_seed_before_it_makes_its_folder(checkpoint, tmp_p
 
 def _command(capsys, *arguments) -> str:
     """The one line of a refusal."""
-    import runpy
-
     assert runpy.run_module("vq4dit_jax.sample", run_name="sample_command")["main"](list(arguments)) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1
@@ -282,6 +280,17 @@ def test_a_refused_command_does_not_keep_the_folder(checkpoint, tmp_path, capsys
     assert "classes 0..4" in _command(capsys, *out, "--labels=7")
     assert "activations" in _command(capsys, *out, "--activations=fp4")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_parameters_of_a_model_with_other_heads_are_another_recipe(checkpoint, tmp_path, capsys):
+    model, params, _ = vq4dit_jax.load_quantized(checkpoint)
+    vq4dit_jax.save_quantized(tmp_path / "other", model.clone(num_heads=4), params)
+    how = ("--num-images=1", "--steps=1", "--batch=1", "--cfg-scale=1", f"--out={tmp_path / 'out'}")
+    main = runpy.run_module("vq4dit_jax.sample", run_name="sample_command")["main"]
+    assert main([f"--checkpoint={checkpoint}", *how]) == 0
+    capsys.readouterr()
+    line = _command(capsys, f"--checkpoint={tmp_path / 'other'}", *how)
+    assert "model.fields.num_heads (4 here, 2 there)" in line
 
 
 def test_somebody_elses_recipe_is_refused_in_one_line(checkpoint, tmp_path, capsys):
@@ -363,7 +372,11 @@ def test_members_that_inflate_beyond_reason_are_not_read(tmp_path):
     _zeros(tmp_path / "row.npz", "arr_0", 1 << 28, shape=(1, 1 << 28))
     _zeros(tmp_path / "small.npz", "mu", 1 << 20)
     assert (tmp_path / "bomb.npz").stat().st_size < 1 << 20
-    for read in (lambda: npz.read_arrays(tmp_path / "bomb.npz"), lambda: npz.read_head(tmp_path / "row.npz", 1)):
+    for read in (
+        lambda: npz.read_arrays(tmp_path / "bomb.npz"),
+        lambda: npz.read_head(tmp_path / "row.npz", 1),
+        lambda: load_inception(tmp_path / "bomb.npz"),
+    ):
         tracemalloc.start()
         with pytest.raises(InputError, match="bytes of memory"):
             read()

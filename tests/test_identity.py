@@ -1,13 +1,29 @@
 """What a result was made from decides whether it may go on; nothing else does."""
 
+import dataclasses
+import functools
+import hashlib
 import json
+from typing import Any
 
+import flax.linen as nn
 import hypothesis
 import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from models import tiny
 
+from vq4dit_jax.diffusion.process import Process
 from vq4dit_jax.errors import InputError
-from vq4dit_jax.storage.identity import Claim, differences, digest_file, identity
+from vq4dit_jax.methods.kmeans import KMeans
+from vq4dit_jax.networks.conditioning import Features
+from vq4dit_jax.networks.network import Network, Role, Stack
+from vq4dit_jax.networks.registry import describe
+from vq4dit_jax.qarray.spec import VQSpec
+from vq4dit_jax.storage.identity import Claim, canonical, differences, digest_file, identity
+from vq4dit_jax.storage.provenance import facts_of
 
 _VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=5),
@@ -89,3 +105,89 @@ def test_a_damaged_claim_is_one_line(tmp_path, text):
 def test_messages_do_not_repeat_long_values():
     ((_, text),) = differences({"a": "x" * 10_000}, {"a": 1})
     assert len(text) < 200
+
+
+# What a network and a pass say of themselves -----------------------------------------------------------------------
+
+
+class _Layer(nn.Module):
+    heads: int
+    activation: Any = jax.nn.relu
+
+    def __call__(self, params, x, t, cond):
+        return x, None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Apply:
+    layer: _Layer
+    eps: float = 1e-6
+
+
+class _Plain:
+    heads = 2
+
+
+def _apply(params, x, t, cond, heads=2):
+    return x, None
+
+
+def test_a_networks_facts_are_its_fields_and_the_names_of_its_functions():
+    """Written out: nothing in them is of this process alone, such as an address or the order of a hash."""
+    bank = {"text": np.zeros((2, 3), np.float32)}
+    conditioning = Features(bank, lambda params, cond: cond, prompts=("a cat", "a dog"))
+    stacks = (Stack("trunk", 2, (Role("up/kernel"),)),)
+    found = facts_of(Network(_apply, (2, 4, 4, 3), conditioning, Process("flow"), stacks=stacks))
+    zeros = hashlib.sha256(b"array float32 (2, 3) " + bytes(24)).hexdigest()
+    name = "test_identity.test_a_networks_facts_are_its_fields_and_the_names_of_its_functions"
+    assert found == {
+        "class": "vq4dit_jax.networks.network.Network",
+        "apply": "test_identity._apply",
+        "sample_shape": [2, 4, 4, 3],
+        "conditioning": {
+            "class": "vq4dit_jax.networks.conditioning.Features",
+            "bank": {"text": f"float32(2, 3) sha256 {zeros}"},
+            "null_of": f"{name}.<locals>.<lambda>",
+        },  # titles of pictures decide nothing
+        "process": {
+            "class": "vq4dit_jax.diffusion.process.Process",
+            **{"predicts": "flow", "learned_variance": False, "beta_start": 1e-4, "beta_end": 0.02, "data_time": 1},
+        },
+        "guidance": {"class": "vq4dit_jax.diffusion.guidance.Guidance", "channels": None},
+        "stacks": [
+            {
+                "path": "trunk",
+                "length": 2,
+                "roles": [{"pattern": "up/kernel", "reads": "tokens", "group": "mlp", "codebooks": 1}],
+            }
+        ],
+        **dict.fromkeys(("predict", "hoist", "output_layer")),
+    }
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (_Apply(_Layer(2)), _Apply(_Layer(4))),
+        (_Apply(_Layer(2)), _Apply(_Layer(2), eps=1e-5)),
+        (_Layer(2).__call__, _Layer(4).__call__),
+        (_Layer(2), _Layer(2, nn.gelu)),
+        (functools.partial(_apply, heads=2), functools.partial(_apply, heads=4)),
+        (jax.jit(functools.partial(_apply, heads=2)), jax.jit(functools.partial(_apply, heads=4))),
+        (_apply, _Plain()),
+        (jnp.zeros(2), jnp.ones(2)),
+        (np.dtype("float32"), np.dtype("int8")),
+        (jax.lax.Precision.HIGHEST, jax.lax.Precision.DEFAULT),
+        (KMeans(rules=((".*", VQSpec(256, 4)),)), KMeans(rules=((".*", VQSpec(256, 2)),))),
+    ],
+)
+def test_what_is_told_of_a_value_tells_it_from_another(one, other):
+    assert facts_of(one) != facts_of(other)
+    for value in (one, other):
+        assert " at 0x" not in canonical(facts_of(value))
+
+
+def test_values_that_do_the_same_have_the_same_facts():
+    assert facts_of(_Layer(2, name="layer")) == facts_of(_Layer(2)) == facts_of(_Layer(2).clone())
+    assert facts_of(jax.jit(_apply)) == facts_of(_apply) and facts_of(_Plain()) == facts_of(_Plain())
+    assert facts_of(tiny(remat=True)[0]) == facts_of(tiny()[0]) == describe(tiny()[0])

@@ -13,6 +13,7 @@ from models import tiny
 from vq4dit_jax import files, methods
 from vq4dit_jax.diffusion import keys
 from vq4dit_jax.diffusion import schedule as diffusion
+from vq4dit_jax.diffusion.guidance import Guidance
 from vq4dit_jax.errors import InputError
 from vq4dit_jax.methods import loop
 from vq4dit_jax.methods.kmeans import quantize
@@ -188,6 +189,15 @@ def test_a_folder_of_another_run_is_refused_and_said_what_differs(quantized, who
         (
             lambda: _run(quantized, folder, dataclasses.replace(settings, lambda_d=2.0)),
             r"passes\.00_tune\.lambda_d \(2.0 here, 1.0 there\)",
+        ),
+        # Parameters of the same shapes run differently.
+        (
+            lambda: _run((model.clone(num_heads=4), teacher, kmeans), folder, settings),
+            r"network\.apply\.model\.fields\.num_heads \(4 here, 2 there\)",
+        ),
+        (
+            lambda: _run((dataclasses.replace(NETWORK, guidance=Guidance(1)), teacher, kmeans), folder, settings),
+            r"network\.guidance\.channels \(1 here, 3 there\)",
         ),
     ):
         with pytest.raises(InputError, match=f"was made from something else: {words}.*another folder") as caught:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from models import evaluations, tiny
 
+from vq4dit_jax.diffusion import trajectory
 from vq4dit_jax.errors import InputError
 from vq4dit_jax.methods.moments import Moments, input_moments
 from vq4dit_jax.methods.probe import Probe
@@ -128,6 +129,36 @@ def test_every_layer_is_reached_and_has_a_positive_semi_definite_moment(moments)
         values = np.linalg.eigvalsh(found)
         assert (values[:, -1] > 1e-3).all() and (values[:, 0] > -1e-5 * values[:, -1]).all()
     assert not np.allclose(*moments[PATHS[0]].second, rtol=0.1)
+
+
+def test_moments_are_held_twice_and_no_more(monkeypatch):
+    """The sum, and what one step adds to it: by XLA's own account of the program, and what its caller holds meanwhile."""
+    width = 512
+    kernel = lambda *shape: {"kernel": jnp.ones((3, *shape))}
+
+    def two_linears(params, x, t, cond):
+        def block(h, p):
+            h = h + linear(jax.nn.gelu(linear(h, p["up"]["kernel"], None)), p["down"]["kernel"], None) / width
+            return h, h
+
+        return jax.lax.scan(block, x, params["blocks"])
+
+    measured, observed = [], trajectory._observed
+
+    def measure(network, sampler, *args, **static):
+        held = sum(a.nbytes for a in jax.live_arrays() if a.shape[-2:] == (width, width))
+        leaves, tree = jax.tree.flatten(args)
+        program = jax.jit(lambda leaves: observed(network, sampler, *jax.tree.unflatten(tree, leaves), **static))
+        found = program.lower(leaves).compile().memory_analysis()
+        measured.append(held + found.output_size_in_bytes - found.alias_size_in_bytes + found.temp_size_in_bytes)
+        return observed(network, sampler, *args, **static)
+
+    monkeypatch.setattr(trajectory, "_observed", measure)
+    network = Network(two_linears, (1, 1, 8), ClassLabels(5))
+    params = {"blocks": {"up": kernel(8, width), "down": kernel(width, 8)}}
+    found = input_moments(network, params, ["blocks/down/kernel"], key=jax.random.key(0), images=2, num_steps=3)
+    (taken,) = measured
+    assert 1.9 < taken / found["blocks/down/kernel"].second.nbytes < 2.5
 
 
 def test_a_probe_does_not_change_the_network(teacher, seen):

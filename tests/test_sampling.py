@@ -97,11 +97,13 @@ def test_no_two_streams_share_a_key():
         used += [jax.random.fold_in(jax.random.fold_in(image, keys.INITIAL), 0)]
         used += [jax.random.fold_in(jax.random.fold_in(image, keys.STEPS), j) for j in range(4)]
     assert len(set(map(data, used))) == len(used)
-    # They are those in use.
+    # They are those in use: in calibration, and by the sample command.
     network, found = as_network(tiny()[0]), keys.image_keys(KEY, np.arange(4))
     assert [data(key) for key in keys.condition_keys(found)] == [data(key) for key in used[1::7]]
     labels = [int(jax.random.randint(key, (), 0, 5, jnp.int32)) for key in used[1::7]]
     np.testing.assert_array_equal(problem(network, tiny()[1], found, 1.0).cond, labels)
+    drawn = [int(jax.random.randint(key, (), 0, 1000, jnp.int32)) for key in used[1::7]]
+    np.testing.assert_array_equal(ClassLabels(1000).choose("random", KEY, np.arange(4)), drawn)
     np.testing.assert_array_equal(keys.noise(found, keys.STEPS, 3, (8, 8, 3)), noise_of(4, keys.STEPS, 3))
 
 

@@ -10,7 +10,11 @@ from hypothesis import strategies as st
 from models import inputs, tiny
 
 import vq4dit_jax as vq
+from vq4dit_jax import methods
 from vq4dit_jax.errors import InputError
+from vq4dit_jax.methods.kmeans import KMeans
+from vq4dit_jax.networks.conditioning import Unconditional
+from vq4dit_jax.networks.network import Network, Stack
 from vq4dit_jax.networks.rules import dit_rules
 from vq4dit_jax.qarray.cast import cast_kept, checked_cast
 from vq4dit_jax.qarray.parts import Parts, from_parts, parts_of, split_runs, stack_length
@@ -32,6 +36,7 @@ from vq4dit_jax.qarray.tree import (
 from vq4dit_jax.qarray.vq import from_codes
 
 LENGTH = 5
+KEY = jax.random.key(0)
 
 
 def _vq(blocks: int, seed: int, codewords: int):
@@ -164,6 +169,19 @@ def test_kept_parameters_are_cast_by_what_was_quantized():
         "float16", "float32", "float16", "float16", "int32"
     ]  # fmt: skip
     np.testing.assert_array_equal(np.asarray(a[1].codebook), np.asarray(packed["layers"]["a"]["kernel"][1].codebook))
+
+
+def test_k_means_sees_the_weights_as_they_are_and_not_as_they_would_be_kept():
+    """The pass casts after it has quantized: also of a stack whose name rules do not know."""
+    tree = {"layers": {"a": {"kernel": jax.random.normal(KEY, (2, 16, 16)), "bias": jnp.ones((2, 16)) / 3}}}
+    network = Network(lambda params, x, t, cond: (x, None), (1, 1, 1), Unconditional(), stacks=(Stack("layers", 2),))
+    rules = (("layers/./a/kernel", vq.VQSpec(4, 2)), (".*", vq.KEEP))
+    run = methods.begin(network, tree, KEY)
+    found, _ = KMeans(rules=rules, other_dtype="bfloat16")(run, tree, KEY)
+    wanted = vq.quantize(tree, rules=rules, key=KEY, stacked=("layers",))
+    for (_, _, ours), (_, _, theirs) in zip(matrices(found), matrices(wanted), strict=True):
+        np.testing.assert_array_equal(np.asarray(ours.codebook), np.asarray(theirs.codebook))
+    assert found["layers"]["a"]["bias"].dtype == jnp.bfloat16
 
 
 @pytest.mark.parametrize(

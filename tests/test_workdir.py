@@ -1,5 +1,6 @@
 """A run's folder: what may change between two starts, what may not, and what is said before work begins."""
 
+import contextlib
 import copy
 import importlib.util
 import json
@@ -19,6 +20,7 @@ from vq4dit_jax.qarray.rules import abstract_quantized
 from vq4dit_jax.qarray.tree import block_path, matrices, sizes
 from vq4dit_jax.run import checks, programs, sources
 from vq4dit_jax.run import config as configs
+from vq4dit_jax.run.pipeline import Pipeline
 from vq4dit_jax.run.workdir import READS, STAGES, Workdir
 
 DIGESTS = {"model.checkpoint": "sha256 aaaa", "model.vae": "sha256 bbbb"}
@@ -264,6 +266,30 @@ def test_a_run_beside_that_says_nothing_of_its_files_lends_nothing(tmp_path):
     _start(other := Workdir(tmp_path / "other"), digests={"model.checkpoint": "sha256 cccc"})
     with pytest.raises(InputError, match="another model"):
         sources.check_beside(other, DIGESTS)
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_run_takes_samples_of_the_same_checkpoint_alone_and_refuses_another_in_the_load_stage(tmp_path, same):
+    """Another file at the same path, as a run beside has it: in the stages themselves, and not in what they ask."""
+
+    def pipeline(name: str, beside: tuple[str, ...] = ()) -> Pipeline:
+        config = configs.cifar10()
+        config.evaluation.classifier = config.evaluation.reference = ""
+        config.beside = beside
+        return Pipeline(config, Workdir(tmp_path / name), "")
+
+    theirs = pipeline("theirs")
+    changed = {} if same else {"model.checkpoint": "sha256 of what stood there"}
+    with theirs.dir.claim(theirs.resolved, lambda: {**theirs.digests, **changed}):
+        theirs.dir.samples.mkdir()
+        np.savez(theirs.dir.samples / "fp.npz", np.zeros(1, np.uint8))
+    ours = pipeline("ours", (str(theirs.dir.root),))
+    with ours.dir.claim(ours.resolved, lambda: ours.digests):
+        ours.dir.samples.mkdir()
+        assert ours._borrow(ours.config.sample.steps) is same
+        assert (ours.dir.samples / "fp.npz").exists() is same
+        with contextlib.nullcontext() if same else pytest.raises(InputError, match="another model"):
+            ours.load()
 
 
 # Before work -----------------------------------------------------------------------------------------------------

@@ -11,11 +11,10 @@ import sys
 import jax
 from absl import logging
 
-from vq4dit_jax import files, reporting
+from vq4dit_jax import files, npz, reporting
 from vq4dit_jax.command_line import Parser, exit_code
 from vq4dit_jax.diffusion.samplers import sampler_for
 from vq4dit_jax.errors import InputError
-from vq4dit_jax.evaluation import npz
 from vq4dit_jax.networks import inference
 from vq4dit_jax.networks.network import as_network
 from vq4dit_jax.run import generation, seeds, sources
@@ -125,6 +124,7 @@ def _main(flags: argparse.Namespace) -> None:
         "seed": flags.seed,
         "batch": plan.batch,
         "activations": flags.activations,
+        "model": provenance.facts_of(model),  # the same parameters with other heads are another
         "model_sha256": provenance.digest(params),
         "decoder": decoder,
         "rounding": "uint8, 127.5 x + 128, clipped, cut off",

@@ -11,9 +11,8 @@ import numpy as np
 
 from benchmarks.quality import stages
 from benchmarks.quality.rows import Case, Row, Table, cases
-from vq4dit_jax import evaluation, files
+from vq4dit_jax import evaluation, files, npz
 from vq4dit_jax.errors import InputError
-from vq4dit_jax.evaluation import npz
 from vq4dit_jax.evaluation.images import checksum
 from vq4dit_jax.evaluation.tfgan import IS_SPLIT
 from vq4dit_jax.run import config as configs

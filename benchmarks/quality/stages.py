@@ -15,9 +15,8 @@ import numpy as np
 from benchmarks import record
 from benchmarks.quality.methods import METHODS
 from benchmarks.quality.rows import Case, filled
-from vq4dit_jax import files
+from vq4dit_jax import files, npz
 from vq4dit_jax.errors import InputError
-from vq4dit_jax.evaluation import npz
 from vq4dit_jax.methods.agreement import held_out_agreement
 from vq4dit_jax.qarray.base import is_quantized
 from vq4dit_jax.qarray.parts import is_parts, parts_of

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from PIL import Image
 
+from vq4dit_jax import npz
 from vq4dit_jax.errors import InputError
-from vq4dit_jax.evaluation import npz
 
 FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".webp": "WebP", ".bmp": "BMP"}
 # The name that numpy gives to the first unnamed array; ADM's files and those made like them have their images there.

@@ -6,8 +6,8 @@ import pathlib
 
 import numpy as np
 
+from vq4dit_jax import npz
 from vq4dit_jax.errors import InputError
-from vq4dit_jax.evaluation import npz
 from vq4dit_jax.evaluation.classifiers import Classifier
 from vq4dit_jax.evaluation.extraction import extract
 from vq4dit_jax.evaluation.images import ARRAY, ImageSet, open_images

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from vq4dit_jax import npz
 from vq4dit_jax.errors import InputError
-from vq4dit_jax.evaluation import npz
 from vq4dit_jax.evaluation.streaming import Moments, StreamingMoments
 from vq4dit_jax.files import atomic_path
 

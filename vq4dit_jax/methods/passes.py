@@ -3,8 +3,9 @@
     params, report = pass_(run, params, key)        key = fold_in(root, crc32(name of the pass))
 
 Each pass is a frozen dataclass whose fields are its settings. What it returns is written to a folder of its own, under the
-identity of all that it was made of: the pass and its settings, the parameters it was given, the teacher, the network, the
-key and the version. A run that was stopped finds it there and goes on with the next pass; that is all of resuming.
+identity of all that it was made of: the pass and its settings, the parameters it was given, the teacher, what the network
+says of itself, the key and the version. A run that was stopped finds it there and goes on with the next pass; that is all
+of resuming.
 """
 
 import dataclasses
@@ -95,7 +96,7 @@ def apply(passes: Sequence[Pass], run: Context, params: Any) -> tuple[Any, list[
     for number, one in enumerate(passes):
         folder = None if run.folder is None else run.folder / f"{number:02d}_{one.name}"
         if facts is not None:
-            facts["passes"][f"{number:02d}_{one.name}"] = _settings(one)
+            facts["passes"][f"{number:02d}_{one.name}"] = provenance.facts_of(one)
         if folder is not None and folder.exists():
             params, report = _read(folder, facts)
         else:
@@ -113,21 +114,16 @@ def apply(passes: Sequence[Pass], run: Context, params: Any) -> tuple[Any, list[
     return params, reports
 
 
-def _settings(one: Pass) -> dict[str, Any]:
-    """The fields of a pass, JSON-ready."""
-    plain = lambda value: list(map(str, value)) if isinstance(value, tuple) else value
-    return {field.name: plain(getattr(one, field.name)) for field in dataclasses.fields(one)}
-
-
 def _facts(run: Context, params: Any) -> dict[str, Any]:
     """All that decides a result, JSON-ready."""
+    network = provenance.facts_of(run.network)
     return {
         "version": __version__,
         "teacher": provenance.digest(run.teacher),
         "parameters": provenance.digest(params),
         "key": np.asarray(jax.random.key_data(run.key)).tolist(),
-        "sample_shape": list(run.network.sample_shape),
-        "process": dataclasses.asdict(run.network.process),
+        # `predict` and `hoist` are cheaper ways to what `apply` says.
+        "network": {name: fact for name, fact in network.items() if name not in ("predict", "hoist")},
         "passes": {},
     }
 

@@ -136,7 +136,12 @@ def solve(
       shift: layers that have a bias are given the means of their inputs; the biases are then for `restore`.
     """
     kernels, leaves = flatten(teacher), flatten(packed)
-    means = {path: np.asarray(moments[path].mean()) for path in moments if shift and _bias_of(path) in leaves}
+    # By numpy: a program for each shape would be compiled for a few numbers.
+    means = {
+        path: np.tensordot(np.asarray(found.weights), np.asarray(found.means), 1) / np.float32(len(found.weights))
+        for path, found in moments.items()
+        if shift and _bias_of(path) in leaves
+    }
 
     def one(matrix: tuple[str, int | None, Any]) -> Any:
         path, block, leaf = matrix

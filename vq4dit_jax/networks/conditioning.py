@@ -103,7 +103,7 @@ class Features:
 
     bank: dict[str, Any]
     null_of: Callable[[Any, Any], Any] | None = None
-    prompts: tuple[str, ...] = ()
+    prompts: tuple[str, ...] = dataclasses.field(default=(), compare=False)
 
     @property
     def count(self) -> int:

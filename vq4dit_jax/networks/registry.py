@@ -21,9 +21,14 @@ _LARGEST_SIZE, _LARGEST_TABLE = 1 << 20, 1 << 26
 """Of one field, and of a model's position table: larger ones are damage."""
 
 
+def is_ours(model: Any) -> bool:
+    """Whether `describe` tells class and fields of it."""
+    return isinstance(model, _CLASSES.get(type(model).__name__, ()))
+
+
 def describe(model: Model) -> dict[str, Any]:
     """The manifest's `model`: class and fields of a network of ours, or the metadata of another. Raises InputError."""
-    if type(model).__name__ in _CLASSES and isinstance(model, _CLASSES[type(model).__name__]):
+    if is_ours(model):
         values = {name: getattr(model, name) for name in _fields(type(model))}
         return {"class": type(model).__name__, "fields": {**values, "dtype": jnp.dtype(model.dtype).name}}
     if not isinstance(model, Mapping):

@@ -23,9 +23,9 @@ from vq4dit_jax import files
 from vq4dit_jax.diffusion.samplers import SAMPLERS
 from vq4dit_jax.diffusion.sampling import replicated, to_uint8
 from vq4dit_jax.errors import InputError
-from vq4dit_jax.evaluation.npz import write_npz
 from vq4dit_jax.networks.network import as_network
 from vq4dit_jax.networks.sampling import sample
+from vq4dit_jax.npz import write_npz
 from vq4dit_jax.progress import progress
 from vq4dit_jax.storage.identity import Claim
 

@@ -16,9 +16,8 @@ import jax
 import numpy as np
 from absl import logging
 
-from vq4dit_jax import __version__, evaluation, files, methods, reporting
+from vq4dit_jax import __version__, evaluation, files, methods, npz, reporting
 from vq4dit_jax.errors import InputError
-from vq4dit_jax.evaluation import npz
 from vq4dit_jax.methods.agreement import held_out_agreement
 from vq4dit_jax.methods.method import FULL_PRECISION, Model
 from vq4dit_jax.networks import dit, inference
