@@ -16,9 +16,8 @@ from vq4dit_jax.run import programs
 
 FOLDER = pathlib.Path(__file__).parent / "data" / "configs_0.1.0"
 VALUES = json.loads((FOLDER / "values.json").read_text())
-NEW = {"quantize.method": "vq4dit", "calibration.variance": True} | {
-    f"viditq.{k}": v for k, v in viditq.SETTINGS.items()
-}
+NEW = {"quantize.method": "vq4dit", "calibration.variance": True}
+NEW |= {f"viditq.{k}": list(v) if isinstance(v, tuple) else v for k, v in viditq.SETTINGS.items()}
 """Keys that 0.1.0 did not have, with the value that says what it did for the configs that it shipped."""
 PUBLISHED = ("paper/cifar10_w2.py", "released/cifar10_w2.py")
 

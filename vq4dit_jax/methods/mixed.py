@@ -55,7 +55,7 @@ class Mix:
 
     def __call__(self, run: Context, params: Any, key: jax.Array) -> tuple[Any, Report]:
         wanted = [(path, block) for path, block, leaf in matrices(params) if _is_mixed(leaf)]
-        moments = moments_for(run, params, self.images, self.cfg_scale)
+        moments = moments_for(run, params, self.images, self.cfg_scale, alike=True)
         errors, costs, made = {}, {}, {}
         with progress(len(self.bits) * len(wanted), "bits by bits", "layer") as bar:
             for bits in self.bits:

@@ -43,6 +43,8 @@ class SolveLayers:
       images, cfg_scale: of the trajectory.
       restore: give every solved layer the factor and its bias the shift that restore its outputs' scale and mean.
       shift: only the shift. Layers with a centre are then solved for what varies in their inputs.
+      alike: all time steps count alike, and all parts of the inputs. Else time steps count by what an error leaves in the
+        image, and of Linears that read the condition alone differences between conditions count more (`moments_for`).
       feedbacks, rounds: of `QuantizedArray.solve`.
     """
 
@@ -50,12 +52,13 @@ class SolveLayers:
     cfg_scale: float = 1.5
     restore: bool = False
     shift: bool = False
+    alike: bool = False
     feedbacks: int = solver.FEEDBACKS
     rounds: int = solver.ROUNDS
     name: ClassVar[str] = "solve_layers"
 
     def __call__(self, run: Context, params: Any, key: jax.Array) -> tuple[Any, Report]:
-        moments = moments_for(run, params, self.images, self.cfg_scale)
+        moments = moments_for(run, params, self.images, self.cfg_scale, self.alike)
         count = sum(1 for _ in matrices(params))
         with progress(count, "layer by layer", "layer") as bar:
             how = dict(feedbacks=self.feedbacks, rounds=self.rounds, shift=self.restore or self.shift)
@@ -65,19 +68,27 @@ class SolveLayers:
         return solved, {"layers": count}
 
 
-def moments_for(run: Context, params: Any, images: int, cfg_scale: float) -> dict[str, InputMoments]:
-    """The moments of all quantized kernels, on a trajectory that all passes of a run share.
+def moments_for(
+    run: Context, params: Any, images: int, cfg_scale: float, alike: bool = False
+) -> dict[str, InputMoments]:
+    """The moments of all quantized kernels, on a trajectory that all passes of a run share; `alike` as in `SolveLayers`.
 
     Memory: (I, I) float32 for each matrix, 3 GB for DiT-XL/2, and while they are collected twice that.
     """
     # Sorted, because an allocation that replaces leaves may change their order in the tree, and moments are of paths.
     paths = tuple(sorted(quantized_paths(params)))
-    wanted = ("moments", paths, images, cfg_scale)
+    wanted = ("moments", paths, images, cfg_scale, alike)
     if wanted not in run.memo:
         network = run.network
         of_condition = {path for path in paths if network.reads_conditioning(path)}
         keys = {name: pass_key(run.key, name) for name in ("moments", "step weights")}
-        weights = step_weights(network, run.teacher, key=keys["step weights"], images=images, cfg_scale=cfg_scale)
+        counts: dict[str, Any] = {}
+        if not alike:
+            weights = step_weights(network, run.teacher, key=keys["step weights"], images=images, cfg_scale=cfg_scale)
+            counts = dict(
+                weights={path: (1 + weights) / 2 if path in of_condition else weights for path in paths},
+                differences=dict.fromkeys(of_condition, _DIFFERENCES),
+            )
         run.memo[wanted] = input_moments(
             run.model,
             run.teacher,
@@ -86,8 +97,7 @@ def moments_for(run: Context, params: Any, images: int, cfg_scale: float) -> dic
             images=images,
             num_steps=_MOMENT_STEPS,
             cfg_scale=cfg_scale,
-            weights={path: (1 + weights) / 2 if path in of_condition else weights for path in paths},
-            differences=dict.fromkeys(of_condition, _DIFFERENCES),
+            **counts,
         )
     return run.memo[wanted]
 

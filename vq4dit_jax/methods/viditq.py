@@ -121,4 +121,4 @@ def passes(settings: Mapping[str, Any], calibration: Mapping[str, Any] | None = 
         return (first, *balance, *more) if isinstance(first, Allocate) else (*balance, first, *more)
     if s["budget"]:
         return (*balance, Mix(s["budget"], tuple(s["mixed_bits"]), s["mixed_by"], **batch))
-    return (*balance, *((SolveLayers(**batch, shift=True),) if s["solve"] else ()))
+    return (*balance, *((SolveLayers(**batch, shift=True, alike=True),) if s["solve"] else ()))
