@@ -99,6 +99,9 @@ def test_the_pass_balances_every_layer_and_says_what_it_tried(balanced):
         assert [len(e) for e in report["errors"][path]] == [5, 5]  # two blocks; no scale, and four points
         for a, errors in zip(report["exponents"][path], report["errors"][path], strict=True):
             assert errors[0 if a is None else 1 + round(4 * a)] == min(errors)
+        kernel = flatten(found)[path]
+        alike = (kernel.scale[0] == kernel.scale[1]).all()
+        assert alike == ("adaLN" in path), path  # all blocks' adaLN read the same, and are one product
     same = [path for path, leaf in flatten(teacher).items() if path not in paths]
     for path in same:
         np.testing.assert_array_equal(flatten(found)[path], flatten(rounded)[path])

@@ -105,16 +105,25 @@ class Balance:
         kernels, found = flatten(run.teacher), []
         exponents: dict[str, list[float | None]] = {path: [] for path in paths}
         errors: dict[str, list[list[float]]] = {path: [] for path in paths}
+        shared: dict[str, Any] = {}
         with progress(sum(path in exponents for path, *_ in matrices(params)), "balance", "layer") as bar:
             for path, block, leaf in matrices(params):
                 if path not in exponents:
                     found.append(leaf)
                     continue
-                kernel = kernels[path] if block is None else kernels[path][block]
                 own = jax.random.fold_in(pass_key(key, path), block or 0)
-                inputs, weight = seen[path].of_block(block), np.asarray(kernel, np.float32).T
-                new, a, error = best(leaf.spec(), weight, inputs, self.points, own)
-                found.append(new)
+                kernel = np.asarray(kernels[path], np.float32)
+                weight, inputs = (kernel if block is None else kernel[block]).T, seen[path].of_block(block)
+                if block is not None and run.network.reads_conditioning(path):
+                    # All blocks read the same, and one product makes all of them: they share a scale and a centre.
+                    if path not in shared:
+                        rows = np.concatenate([w.T for w in kernel])
+                        shared[path] = best(leaf.spec(), rows, seen[path].of_block(0), self.points, own)
+                    one, a, error = shared[path]
+                    new = leaf.spec().balanced(weight, one.scale, one.centre, own)
+                else:
+                    new, a, error = best(leaf.spec(), weight, inputs, self.points, own)
+                found.append(jax.tree.map(np.asarray, new))
                 exponents[path].append(a)
                 errors[path].append(error)
                 bar.update(1)

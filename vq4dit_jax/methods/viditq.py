@@ -45,11 +45,10 @@ SETTINGS: dict[str, Any] = dict(
     weight_grid       "symmetric", "asymmetric" or "centred" (`integer.grids`)
     activation_bits   2 to 8, or 0: activations are not rounded
     activation_grid   "symmetric" or "asymmetric" (`integer.activations`)
-    balance           a scale for each input, `Balance`; not of Linears that read time and condition alone, which are one product
-                      for all blocks, so that one operand serves them all
+    balance           a scale for each input, `Balance`
     centre            the mean of each input is taken out before rounding, `Balance`
     rotation          inputs of a group of the rotation; 0: none, -1: the largest group that divides a layer's inputs
-    signs             random signs before the rotation
+    signs             random signs before the rotation, but of Linears that read time and condition alone
     solve             weights are solved for what they read, `SolveLayers`; False: each is rounded to nearest
     budget            bits a weight of integers, everything counted, that are spread over the layers (`Mix`); 0: all alike
     mixed_bits        with a budget: what each layer's weights may have
@@ -102,10 +101,12 @@ def spec(settings: Mapping[str, Any]) -> Callable[[Role], Spec]:
     rounded = dict(bits=s["activation_bits"] or None, grid=s["activation_grid"], rotation=rotation, centred=s["centre"])
 
     def one(role: Role) -> Spec:
-        if role.reads != "conditioning":
-            return OperandSpec(inner(role), signed=s["signs"], scaled=s["balance"], **rounded)
-        # Its few rows cost nothing to read in 16 bits, and codewords of 16 bits take no more than those of 8.
-        return inner(role) if s["weights"] == "codebooks" else OperandSpec(inner(role), **rounded)
+        if role.reads == "conditioning" and s["weights"] == "codebooks":
+            # Its few rows cost nothing to read in 16 bits, and codewords of 16 bits take no more than those of 8.
+            return inner(role)
+        # Linears that read time and condition alone are one product for all blocks, so one operand has to serve them all.
+        signed = s["signs"] and role.reads != "conditioning"
+        return OperandSpec(inner(role), signed=signed, scaled=s["balance"], **rounded)
 
     return one
 
