@@ -105,7 +105,8 @@ def measure(samples: pathlib.Path, count: int) -> dict[str, Any]:
     images = npz.read_head(samples, count)
     figures, reasons = evaluation.evaluate_with_reasons(images, classifier, reference)
     for comparison in (figures, reasons):
-        del comparison["psnr_to_fp_db"]
+        for name in evaluation.TO_FULL_PRECISION:
+            del comparison[name]
     logits = classifier(images)["logits"]
     asked = np.arange(count) % logits.shape[1]  # the labels of PROTOCOL
     return {**figures, "class_agreement": float(np.mean(logits.argmax(1) == asked)), "reasons": reasons}
@@ -169,7 +170,9 @@ def spell(metrics: dict[str, Any]) -> str:
     """The figures in a line for people; those that are null say why."""
     if "num_images" not in metrics:
         return "not computed"
-    names = {"fd": "Frechet distance", "sfd": "sFD", "is": "IS", "precision": "precision", "recall": "recall"}
+    names = {"fd": "Frechet distance", "sfd": "sFD", "mind": "Monge distance", "is": "IS", "precision": "precision",
+             "recall": "recall"}  # fmt: skip
+    names = {k: name for k, name in names.items() if k in metrics}
     parts = [f"{names[k]} {metrics[k]:.4g}" for k in names if metrics[k] is not None]
     parts += [f"{names[k]} not computed ({metrics['reasons'][k]})" for k in names if metrics[k] is None]
     agreement = f"the classifier agrees with the label of {metrics['class_agreement']:.1%}"

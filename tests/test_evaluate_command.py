@@ -19,7 +19,7 @@ from vq4dit_jax.run import sources
 pytestmark = pytest.mark.once
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-FIGURES = ["fid", "sfid", "is", "kid", "precision", "recall", "fd768"]
+FIGURES = ["fid", "sfid", "mind", "is", "kid", "precision", "recall", "fd768"]
 
 
 @pytest.fixture
@@ -59,12 +59,11 @@ def test_figures_and_recipe(capsys, here, network):
     (here / "recipe.json").write_text(json.dumps({"format": 1, "num_images": 30, "sampler": "ddpm", "steps": 250}))
     result = run(capsys, here, f"--out={here / 'sub' / 'out.json'}", "--batch=7")
     expected = measure(open_images(images(30, 1)), classifier, compute_reference(images(50, 2), classifier)).figures
-    renamed = {name: result[name] for name in ("fd", "sfd", "is", "kd", "precision", "recall")}
+    renamed = {name: result[name] for name in ("fd", "sfd", "is", "kd", "precision", "recall")} | {"mind": result["md"]}
     assert renamed == pytest.approx(expected, rel=1e-5)
-    assert list(result) == ["format", *FIGURES, "fd", "sfd", "kd", "reasons", "num_images", "recipe"]
-    assert (
-        set(result["reasons"]) == {name for name in FIGURES if result[name] is None} == {"fid", "sfid", "kid", "fd768"}
-    )
+    assert list(result) == ["format", *FIGURES, "fd", "sfd", "md", "kd", "reasons", "num_images", "recipe"]
+    lacking = {name for name in FIGURES if result[name] is None}
+    assert set(result["reasons"]) == lacking == {"fid", "sfid", "mind", "kid", "fd768"}
     assert result["num_images"] == 30
     recipe = result["recipe"]
     assert recipe["samples"] == {
@@ -91,8 +90,8 @@ def test_figures_and_recipe(capsys, here, network):
 @pytest.mark.parametrize(
     "layer, logits, computed, extra",
     [
-        ("pool_3", True, ["fid", "sfid", "is", "kid", "precision", "recall"], []),
-        ("mixed_7", False, ["sfid", "precision", "recall", "fd768"], ["kd768"]),
+        ("pool_3", True, ["fid", "sfid", "mind", "is", "kid", "precision", "recall"], []),
+        ("mixed_7", False, ["sfid", "precision", "recall", "fd768"], ["md768", "kd768"]),
     ],
 )
 def test_a_figure_has_the_name_that_its_features_earn(
@@ -123,7 +122,7 @@ def test_folders_of_pngs_and_the_first_n(capsys, here, network):
     every, some = run(capsys, here, samples="pngs"), run(capsys, here, "--num-images=12", samples="pngs")
     of_file = run(capsys, here, "--num-images=12")
     assert (every["num_images"], some["num_images"]) == (30, 12)
-    for name in ("fd", "sfd", "kd", "is", "precision", "recall"):
+    for name in ("fd", "sfd", "md", "kd", "is", "precision", "recall"):
         assert some[name] == of_file[name] != every[name]
     assert some["recipe"]["samples"]["sha256"] == checksum(folder)
 
@@ -164,7 +163,7 @@ def test_without_tfgan_its_figures_are_null_with_the_remedy(capsys, here, networ
     tfgan.classifier_metrics.cache_clear()
     monkeypatch.setitem(sys.modules, "tensorflow", None)
     result = run(capsys, here)
-    assert result["fd"] is result["is"] is None and result["precision"] is not None
+    assert result["fd"] is result["is"] is None and result["precision"] is not None and result["md"] > 0
     assert "vq4dit-jax[tfgan]" in result["reasons"]["fd"]
 
 
@@ -235,6 +234,6 @@ def test_a_reference_made_beforehand_gives_the_same_figures(capsys, here, networ
     classifier = network()
     save_reference(here / "made.npz", compute_reference(open_images(here / "real.npz"), classifier))
     fresh, made = run(capsys, here), run(capsys, here, reference="made.npz")
-    for name in ("fd", "sfd", "is", "kd", "precision", "recall"):
+    for name in ("fd", "sfd", "md", "is", "kd", "precision", "recall"):
         assert fresh[name] == made[name]
     assert made["recipe"]["reference"]["num_images"] == 50

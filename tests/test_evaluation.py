@@ -29,11 +29,12 @@ from vq4dit_jax.evaluation import (
     inception_score,
     kernel_distance,
     measure,
-    metrics,
     moments,
+    monge_distance,
     open_images,
     precision_and_recall,
     precision_recall,
+    psnr_db,
     tfgan,
 )
 
@@ -206,28 +207,15 @@ def test_precision_and_recall_of_equal_and_of_distant_sets():
     assert precision_and_recall(a, a + 100) == (0.0, 0.0)
 
 
-# PSNR
-
-
-def test_psnr_is_that_of_the_formula():
-    a, b = images(20, seed=1), images(20, seed=2)
-    difference = a.astype(float).reshape(20, -1) - b.reshape(20, -1)
-    expected = 20 * np.log10(255 / np.sqrt((difference**2).mean(axis=1)))
-    np.testing.assert_allclose(metrics.psnr_db(a, b), expected, rtol=1e-12)
-    np.testing.assert_array_equal(metrics.psnr_db(a, a), 99.0)
-    grey = np.full((1, 8, 8, 3), 100, np.uint8)
-    assert metrics.psnr_db(grey, grey + np.uint8(1))[0] == pytest.approx(48.1308, abs=1e-4)
-
-
-@pytest.mark.parametrize("other", [images(3), images(4).astype(np.float32)])
-def test_psnr_refuses_images_that_do_not_match(other):
-    with pytest.raises(InputError, match="equal shapes"):
-        metrics.psnr_db(images(4), other)
-
-
 # evaluate
 
-KEYS = ["fd", "sfd", "is", "precision", "recall", "psnr_to_fp_db", "num_images", "features"]
+OF_FEATURES = ["fd", "sfd", "mind", "is", "precision", "recall"]
+OF_PAIRS = ["psnr_to_fp_db", "ssim_to_fp", "ms_ssim_to_fp"]
+KEYS = [*OF_FEATURES, *OF_PAIRS, "num_images", "features"]
+
+
+def missing(result: dict) -> list[str]:
+    return [name for name in KEYS if result[name] is None]
 
 
 @needs_tfgan
@@ -241,20 +229,31 @@ def test_evaluate_is_its_parts(real):
     assert result == {
         "fd": pytest.approx(frechet_distance(outputs["pool"], real_outputs["pool"]), rel=1e-6),
         "sfd": pytest.approx(frechet_distance(outputs["spatial"], real_outputs["spatial"]), rel=1e-4),
+        "mind": monge_distance(outputs["pool"], real.features),
         "is": pytest.approx(inception_score(outputs["logits"]), rel=1e-6),
         "precision": precision,
         "recall": recall,
-        "psnr_to_fp_db": pytest.approx(np.median(metrics.psnr_db(generated, originals))),
+        "psnr_to_fp_db": pytest.approx(np.median(psnr_db(generated, originals))),
+        "ssim_to_fp": None,  # of 8 x 8 pixels
+        "ms_ssim_to_fp": None,
         "num_images": 20,
         "features": "Linear net pool (6) against 50 images of noise",
     }
 
 
 @needs_tfgan
-@pytest.mark.parametrize("count, missing", [(1, KEYS[:5]), (2, KEYS[3:5]), (3, KEYS[3:5]), (4, [])])
-def test_what_too_few_images_cannot_tell_is_none(real, count, missing):
+@pytest.mark.parametrize(
+    "count, lacking",
+    [
+        (1, ["fd", "sfd", "is", "precision", "recall"]),
+        (2, ["precision", "recall"]),
+        (3, ["precision", "recall"]),
+        (4, []),
+    ],
+)
+def test_what_too_few_images_cannot_tell_is_none(real, count, lacking):
     result = evaluate(images(count), linear_classifier(), real)
-    assert [name for name in KEYS if result[name] is None] == [*missing, "psnr_to_fp_db"]
+    assert missing(result) == [*lacking, *OF_PAIRS]
     json.dumps(result, allow_nan=False)
 
 
@@ -267,7 +266,7 @@ def test_a_network_that_gives_nan_or_no_logits(real):
 
     broken = Classifier("linear", with_nan, title="Broken net")
     result = evaluate(images(9), broken, real, images(9))
-    assert all(result[name] is None for name in KEYS[:5])
+    assert missing(result) == [*OF_FEATURES, *OF_PAIRS[1:]]
     assert result["psnr_to_fp_db"] == 99.0
     json.dumps(result, allow_nan=False)
 
@@ -287,7 +286,7 @@ def test_without_tfgan_its_figures_are_none_and_the_log_says_how_to_get_it(real,
         inception_score(np.zeros((2, 2)))
     with caplog.at_level(logging.WARNING, logger="absl"):
         result = evaluate(images(9), linear_classifier(), real)
-    assert [name for name in KEYS if result[name] is None] == ["fd", "sfd", "is", "psnr_to_fp_db"]
+    assert missing(result) == ["fd", "sfd", "is", *OF_PAIRS]
     assert "vq4dit-jax[tfgan]" in caplog.text
 
 
@@ -322,6 +321,7 @@ def test_a_set_against_itself():
     figures = measure(open_images(images(50)), linear_classifier(), reference).figures
     assert abs(figures["fd"]) < 1e-6 and abs(figures["sfd"]) < 1e-4
     assert figures["precision"] == figures["recall"] == 1.0
+    assert figures["mind"] < 1e-3  # the reference's features are float16
 
 
 @needs_tfgan
@@ -345,7 +345,7 @@ def test_files_and_folders_of_images_are_evaluated_as_arrays_are(real, tmp_path)
 @pytest.mark.parametrize(
     "part, figures, reason",
     [
-        ("features", ["kd", "precision", "recall"], "no features"),
+        ("features", ["mind", "kd", "precision", "recall"], "no features"),
         ("mu", ["fd"], "no mu"),
         ("mu_s", ["sfd"], "no mu_s"),
     ],
@@ -372,10 +372,14 @@ def test_every_none_has_its_reason_and_the_log_says_it(real, caplog):
 
 def test_reasons_of_what_is_not_computed_at_all():
     figures, reasons = evaluate_with_reasons(images(3), None, None)
-    assert figures == dict.fromkeys(KEYS[:6]) | {"num_images": 3, "features": "none"}
-    assert set(reasons) == set(KEYS[:6]) and reasons["fd"] == "there is no feature network"
+    assert figures == dict.fromkeys([*OF_FEATURES, *OF_PAIRS]) | {"num_images": 3, "features": "none"}
+    assert set(reasons) == {*OF_FEATURES, *OF_PAIRS} and reasons["fd"] == "there is no feature network"
     figures, reasons = evaluate_with_reasons(images(3), None, None, images(3))
-    assert figures["psnr_to_fp_db"] == 99.0 and set(reasons) == set(KEYS[:5])
+    assert figures["psnr_to_fp_db"] == 99.0 and set(reasons) == {*OF_FEATURES, *OF_PAIRS[1:]}
+    assert reasons["ssim_to_fp"] == "images of 8x8 pixels are smaller than the window of 11x11"
+    wide = rng().integers(0, 256, (3, 11, 32, 3), np.uint8)
+    figures, reasons = evaluate_with_reasons(wide, None, None, wide)
+    assert [figures[name] for name in OF_PAIRS] == [99.0, 1.0, 1.0] and set(reasons) == set(OF_FEATURES)
 
 
 def test_a_reference_of_other_weights_or_width_is_refused(real):

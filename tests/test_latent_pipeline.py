@@ -99,10 +99,11 @@ def test_pictures_are_decoded_latents(runs):
 def test_every_figure_is_computed_and_named(runs):
     quality = json.loads((runs / "w2" / "metrics.json").read_text())["quality"]
     for name in ("fp", "kmeans", "vq4dit"):
-        figures = [quality[name][key] for key in ("fd", "sfd", "is", "precision", "recall")]
+        figures = [quality[name][key] for key in ("fd", "sfd", "mind", "is", "precision", "recall")]
         assert None not in figures and np.isfinite(figures).all()
         assert "pool_3 (2048)" in quality[name]["features"] and set(quality[name]) == {
-            "fd", "sfd", "is", "precision", "recall", "psnr_to_fp_db", "num_images", "features"
+            "fd", "sfd", "mind", "is", "precision", "recall", "psnr_to_fp_db", "ssim_to_fp", "ms_ssim_to_fp", "num_images",
+            "features",
         }  # fmt: skip
 
 

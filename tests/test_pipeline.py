@@ -110,9 +110,12 @@ def test_metrics_follow_the_schema_and_the_files(finished):
     assert m["size"]["bits_per_quantized_weight"] == pytest.approx(
         8 * (m["size"]["assignment_bytes"] + m["size"]["codebook_bytes"]) / 5_308_416
     )
-    quality = {"fd", "sfd", "is", "precision", "recall", "psnr_to_fp_db", "num_images", "features"}
+    to_fp = {"psnr_to_fp_db", "ssim_to_fp", "ms_ssim_to_fp"}
+    quality = {"fd", "sfd", "mind", "is", "precision", "recall", *to_fp, "num_images", "features"}
     assert set(m["quality"]) == {"fp", "kmeans", "vq4dit"} and all(set(q) == quality for q in m["quality"].values())
-    assert m["quality"]["fp"]["psnr_to_fp_db"] is None and m["quality"]["vq4dit"]["num_images"] == 6
+    assert all(m["quality"]["fp"][name] is None for name in to_fp) and m["quality"]["vq4dit"]["num_images"] == 6
+    for name in ("kmeans", "vq4dit"):
+        assert all(0 < m["quality"][name][figure] <= 99 for figure in ("mind", *to_fp))
     assert set(m["calibration"]) == {
         "steps", "l_d_last", "l_r_last", "frozen_fraction", "kmeans_l_d", "hard_l_d", "kmeans_eps_error", "hard_eps_error"
     }  # fmt: skip

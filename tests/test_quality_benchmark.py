@@ -1,5 +1,6 @@
 """`python -m benchmarks.quality`: the whole table on a tiny model, resumed where it was killed, and what it refuses."""
 
+import dataclasses
 import fcntl
 import json
 import os
@@ -104,7 +105,7 @@ def finished(config, tmp_path_factory) -> pathlib.Path:
         lacking = [(item["row"], item["seed"]) for item in partial["missing"]]
         assert lacking == [("fp", 0), ("fp", 1), ("ours", 0), ("ours", 1)]
         # There is no full precision yet to compare with; the finished table has the figure.
-        assert partial["rows"][0]["mean"]["psnr_to_fp_db"] is None
+        assert partial["rows"][0]["mean"]["psnr_to_fp_db"] is None and partial["rows"][0]["mean"]["mind"] > 0
         assert "Missing: fp, ours (quantize is not done)." in (workdir / "table.md").read_text()
         assert command.main(_arguments(config, workdir, "--seeds=2")) == 0
     return workdir
@@ -142,7 +143,8 @@ def test_figures_are_those_of_evaluate(finished, network):
         assert {key: found[name]["pooled"][key] for key in known} == pytest.approx(known, rel=1e-6)
         assert "fd" in known and found["fp"]["seeds"][0]["psnr_to_fp_db"] is None
     second = evaluation.evaluate(_images(finished, "ours", 1), network, reference, _images(finished, "fp", 1))
-    del second["features"]
+    del second["features"], second["ssim_to_fp"], second["ms_ssim_to_fp"]  # not of images of 8 x 8 pixels
+    assert found["ours"]["mean"]["ssim_to_fp"] is None
     assert {key: found["ours"]["seeds"][1][key] for key in second} == pytest.approx(second, rel=1e-6)
     fds = [seed["fd"] for seed in found["ours"]["seeds"]]
     assert fds[0] != fds[1]  # another model and other images
@@ -231,8 +233,35 @@ def test_psnr_is_that_of_as_many_images_as_are_kept(config, finished, tmp_path, 
     assert stages.is_done(exact, "sample")
     given, kept = _images(tmp_path, "fp", 0)[:3], np.load(exact.first_images)["arr_0"]
     np.testing.assert_array_equal(kept, given)
-    expected = np.median(evaluation.metrics.psnr_db(_images(tmp_path, "ours", 0)[:3], given))
+    expected = np.median(evaluation.psnr_db(_images(tmp_path, "ours", 0)[:3], given))
     assert figures.Evaluator(found).of_seed(ours, exact)["psnr_to_fp_db"] == pytest.approx(expected)
+
+
+def test_figures_kept_before_one_existed_are_made_anew_where_the_images_are(config, finished, tmp_path):
+    """Without the images they are as they were, and the table has a dash, or no column if no row has the figure."""
+    found = rows.load_table(str(config))
+    every = rows.cases(found, found.rows[2], 2, tmp_path)
+    shutil.copytree(finished / "kmeans", tmp_path / "kmeans")
+    kept = [every[0].samples / "figures.json", tmp_path / "kmeans" / "pooled" / "figures.json"]
+    fresh = [_read(file) for file in kept]
+    old = [{**one, "figures": {k: v for k, v in one["figures"].items() if k != "mind"}} for one in fresh]
+    evaluate = lambda: figures.Evaluator(found).of_all(every)
+    for file, content in zip(kept, old, strict=True):
+        file.write_text(json.dumps(content))
+    assert evaluate() == fresh[1]["figures"] and "mind" in _read(kept[1])["figures"]
+    kept[1].write_text(json.dumps(old[1]))
+    for case in every:
+        case.images.unlink()
+    assert evaluate() == old[1]["figures"]
+    shutil.copytree(finished / "fp", tmp_path / "fp")
+    result = figures.collect(dataclasses.replace(found, rows=(found.rows[0], found.rows[2])), 2, tmp_path) | {
+        "command": ""
+    }
+    assert result["rows"][1]["pooled"]["mind"] is None and not result["missing"]
+    head, cells = zip(*table._quality(result["rows"]), strict=True)
+    assert cells[head.index("MD ↓ pooled")](result["rows"][1]) == "—"
+    older = [{**row, "mean": {k: v for k, v in row["mean"].items() if k != "mind"}} for row in result["rows"]]
+    assert "MD ↓" in table.markdown(result) and "MD ↓" not in table.markdown({**result, "rows": older})
 
 
 def test_stopped_between_steps_it_ends_with_the_same_model(config, finished, tmp_path, monkeypatch):

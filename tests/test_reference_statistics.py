@@ -240,7 +240,7 @@ def test_published_moments_give_figures_and_reasons(tmp_path):
         path = written(tmp_path, dict(mu=mu, sigma=sigma, mu_s=mu_s, sigma_s=sigma_s))
         reference = open_reference(path, linear_classifier())
     found = measure(open_images(images(20)), linear_classifier(), reference)
-    assert list(found.reasons) == ["kd", "precision", "recall"]
+    assert list(found.reasons) == ["mind", "kd", "precision", "recall"]
     expected = measure(
         open_images(images(20)), linear_classifier(), compute_reference(images(50, 99), linear_classifier())
     )

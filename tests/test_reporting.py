@@ -93,11 +93,13 @@ def data() -> ReportData:
         figures = {
             "fd": 10.316 * k,
             "sfd": 14.213 + k,
+            "mind": 31.52 + k,
             "is": 6.9146 - k,
             "precision": 0.71251 - k / 10,
             "recall": 0.6128 - k / 10,
         }
-        return figures | {"psnr_to_fp_db": 20.04 + k, "num_images": 1000 + k, "features": "ResNet-56 pooled (64)"}
+        to_fp = {"psnr_to_fp_db": 20.04 + k, "ssim_to_fp": 0.9 + k / 100, "ms_ssim_to_fp": 0.93 + k / 100}
+        return figures | to_fp | {"num_images": 1000 + k, "features": "ResNet-56 pooled (64)"}
 
     metrics = {
         "format": 1,
@@ -106,7 +108,10 @@ def data() -> ReportData:
             "fp32_bytes": 39_331_776, "quantized_bytes": 4_283_392, "assignment_bytes": 2_359_296,
             "codebook_bytes": 143_360, "other_bytes": 1_583_040, "bits_per_quantized_weight": 2.1215,
         },
-        "quality": {"fp": quality(1) | {"psnr_to_fp_db": None}, "kmeans": quality(3), "vq4dit": quality(2)},
+        "quality": {
+            "fp": quality(1) | dict.fromkeys(("psnr_to_fp_db", "ssim_to_fp", "ms_ssim_to_fp")), "kmeans": quality(3),
+            "vq4dit": quality(2),
+        },
         "calibration": {
             "steps": 40, "l_d_last": 0.0032316, "l_r_last": 0.05344, "frozen_fraction": 0.9876, "kmeans_l_d": 0.09353,
             "hard_l_d": 0.0022134, "kmeans_eps_error": 0.22041, "hard_eps_error": 0.044189,
@@ -169,7 +174,8 @@ def test_page_holds_the_figures_it_was_given(tmp_path, data):
 def test_the_better_quantized_model_is_marked(tmp_path, data):
     write_report(tmp_path / "report.html", data)
     marked = re.findall(r"<strong>(.*?)</strong>", (tmp_path / "report.html").read_text())
-    assert marked == ["20.6", "16.2", "4.91", "0.513", "0.413", "23.0"]  # PSNR was made higher for k-means
+    # PSNR, SSIM and MS-SSIM were made higher for k-means.
+    assert marked == ["20.6", "16.2", "33.5", "4.91", "0.513", "0.413", "23.0", "0.9300", "0.9600"]
 
 
 def of_models(data: ReportData, names: tuple[str, ...]) -> ReportData:
@@ -217,6 +223,16 @@ def test_only_inception_features_are_called_inception(tmp_path, data):
     quality = {name: {**data.metrics["quality"][name], "features": "Inception-v3 pool_3"} for name in MODELS}
     text = written(tmp_path, dataclasses.replace(data, metrics={**data.metrics, "quality": quality})).text
     assert "not FID" not in text and "Inception score" in text and "analogue" not in text
+
+
+def test_a_run_of_before_a_figure_existed_has_dashes_for_it(tmp_path, data):
+    old = {
+        name: {key: value for key, value in found.items() if key not in ("mind", "ssim_to_fp", "ms_ssim_to_fp")}
+        for name, found in data.metrics["quality"].items()
+    }
+    text = written(tmp_path, dataclasses.replace(data, metrics={**data.metrics, "quality": old})).text
+    for name in "Monge distance", " SSIM to full precision", "MS-SSIM to full precision":
+        assert re.search(rf"{name}\s*[↓↑]\s*—\s*—\s*—", text)
 
 
 def test_missing_figures_are_dashes(tmp_path):

@@ -81,6 +81,23 @@ def test_a_missing_figure_is_a_dash_and_its_reason_is_told():
     assert "nothing beside it" not in text  # the table has no column of it
 
 
+def test_figures_that_the_papers_lack_have_a_column_where_a_row_has_them():
+    """Rows of a run of an older version, beside this one, have dashes there."""
+    reasons = {"mind": "moments alone", "psnr_to_fp_db": "nothing beside it", "ssim_to_fp": "nothing beside it"}
+    young = _row(mind=30.25, psnr_to_fp_db=31.27, ssim_to_fp=0.98765, ms_ssim_to_fp=None)
+    head, _, *rows = _cells(
+        text := markdown("DiT", [young, _row(**FULL, mind=29.0, reasons=reasons), _row(steps=10)], "c")
+    )
+    more = ["FID ↓", "sFID ↓", "MIND ↓", "IS ↑", "Precision ↑", "Recall ↑", "PSNR ↑ (dB)", "SSIM ↑"]
+    assert head[4:] == more
+    found = [[row[head.index(name)] for name in ("MIND ↓", "PSNR ↑ (dB)", "SSIM ↑")] for row in rows]
+    assert found == [["29.0", "—", "—"], ["30.2", "31.3", "0.9877"], ["—", "—", "—"]]
+    assert "— mind: moments alone." in text and "nothing beside it" not in text
+    for figures in {"mind": 1.0}, {"mind": 1.0, "fd": None}:
+        named = [_cells(markdown("DiT", [_row(features=f, **figures)], "c"))[0] for f in (INCEPTION, "ResNet-56 pool")]
+        assert "MIND ↓" in named[0] and "MD ↓" in named[1]
+
+
 def test_the_report_has_the_table_only_where_it_says_more_than_metrics():
     assert quality_by_steps([_row(), _row(**FULL)]) is None and quality_by_steps([]) is None
     html = render(quality_by_steps(ROWS))

@@ -17,25 +17,31 @@ from vq4dit_jax.errors import InputError
 from vq4dit_jax.evaluation import Classifier, Measurement, load_classifier, measure, open_images, open_reference
 from vq4dit_jax.evaluation.images import checksum
 from vq4dit_jax.evaluation.metrics import FIGURES
+from vq4dit_jax.evaluation.monge import DIRECTIONS
 from vq4dit_jax.evaluation.precision_recall import NEIGHBOURS
 from vq4dit_jax.evaluation.tfgan import IS_SPLIT, KID_BLOCK
 from vq4dit_jax.run import sources
 from vq4dit_jax.storage import provenance
 
 _DESCRIPTION = """\
-Compares images with real ones and prints strict JSON: fid, sfid, is, kid, precision, recall, fd768 (null where one
+Compares images with real ones and prints strict JSON: fid, sfid, mind, is, kid, precision, recall, fd768 (null where one
 cannot be computed, with the reason under "reasons"), num_images, and under "recipe" all that the figures depend on."""
 _EPILOG = """\
 The Frechet distance is called fid on Inception's pool_3 features alone; on its mixed_7 features (incomplete weights) it
-is fd768, and fd with any other network (the kernel distance: kid, kd768, kd; on spatial features: sfid, sfd).
+is fd768, and fd with any other network (the Monge distance: mind, md768, md; the kernel distance: kid, kd768, kd; the
+Frechet distance on spatial features: sfid, sfd).
 A recipe.json beside the samples, as `python -m vq4dit_jax.sample` writes it, becomes part of the recipe.
 
 examples:
   python -m vq4dit_jax.evaluate samples.npz --reference=VIRTUAL_imagenet256_labeled.npz --features=inception:pt_inception.pth
   python -m vq4dit_jax.evaluate png_folder/ --reference=asset:cifar10_reference.npz --features=cifar10_resnet56
 docs/evaluation.md says which choices make figures comparable."""
-_NAMES = {"pool_3": {"fd": "fid", "sfd": "sfid", "kd": "kid"}, "mixed_7": {"fd": "fd768", "sfd": "sfid", "kd": "kd768"}}
-_ALWAYS = ("fid", "sfid", "is", "kid", "precision", "recall", "fd768")
+_NAMES = {
+    "pool_3": {"fd": "fid", "sfd": "sfid", "kd": "kid"},
+    "mixed_7": {"fd": "fd768", "sfd": "sfid", "mind": "md768", "kd": "kd768"},
+}
+_OTHER = {"mind": "md"}
+_ALWAYS = ("fid", "sfid", "mind", "is", "kid", "precision", "recall", "fd768")
 
 
 def parser() -> Parser:
@@ -108,6 +114,7 @@ def _main(flags: argparse.Namespace) -> None:
         },
         "protocol": {
             "rounding": "uint8, as the samples are stored",
+            "mind": f"{DIRECTIONS} directions of seed 0, quantile functions of all samples and feature images",
             "is": f"mean over consecutive splits of {IS_SPLIT} images",
             "kid": f"unbiased, blocks of at most {KID_BLOCK}, order permuted by seed 0, not multiplied by 1000",
             "precision_recall": f"{NEIGHBOURS} nearest neighbours, float64 distances, all samples",
@@ -123,7 +130,7 @@ def _main(flags: argparse.Namespace) -> None:
 
 def name_figures(measured: Measurement, classifier: Classifier) -> tuple[dict[str, float | None], dict[str, str]]:
     """(figures, reasons) under the names that the feature network earns them: a fid is of Inception's pool_3 alone."""
-    names = _NAMES.get(classifier.features, {})
+    names = _NAMES.get(classifier.features, _OTHER)
     figures: dict[str, float | None] = dict.fromkeys(_ALWAYS)
     figures |= {names.get(name, name): measured.figures[name] for name in FIGURES}
     reasons = {names.get(name, name): reason for name, reason in measured.reasons.items()}

@@ -13,15 +13,16 @@ from benchmarks.quality import stages
 from benchmarks.quality.rows import Case, Row, Table, cases
 from vq4dit_jax import evaluation, files, npz
 from vq4dit_jax.errors import InputError
+from vq4dit_jax.evaluation import TO_FULL_PRECISION
 from vq4dit_jax.evaluation.images import checksum
 from vq4dit_jax.evaluation.tfgan import IS_SPLIT
 from vq4dit_jax.run import config as configs
 from vq4dit_jax.run import sources
 from vq4dit_jax.storage import identity
 
-POOLED = ("fd", "sfd", "is", "precision", "recall")
+POOLED = ("fd", "sfd", "mind", "is", "precision", "recall")
 """Of all seeds' samples."""
-QUALITY = (*POOLED, "psnr_to_fp_db")
+QUALITY = (*POOLED, *TO_FULL_PRECISION)
 """Of a seed's samples; its other figures are its model's."""
 _READ_AT_ONCE = 1000
 
@@ -62,12 +63,19 @@ class Evaluator:
         find: Callable[[], pathlib.Path],
         originals: pathlib.Path | None,
     ) -> dict[str, Any]:
-        """`evaluation.evaluate`; the PSNR is that of as many images as there are `originals`."""
+        """`evaluation.evaluate`; PSNR, SSIM and MS-SSIM are those of as many images as there are `originals`.
+
+        Figures that were kept before one of these existed are computed anew where the images are there; else they lack it.
+        """
         of |= self.names
-        if kept.exists() and (found := _read(kept))["of"] == of:
-            return found["figures"]
+        found = _read(kept) if kept.exists() else {"of": None}
+        known = found["figures"] if found["of"] == of else None
+        if known and known.keys() >= {*QUALITY}:
+            return known
         images = find()
         if not images.exists():
+            if known:
+                return known
             raise InputError(
                 f"{kept} is of other images or another comparison, and {images} is not there; "
                 f"remove {images.parents[2]} to make the row anew"
@@ -77,8 +85,10 @@ class Evaluator:
         if originals:
             there = evaluation.open_images(originals)
             head = npz.read_head(images, len(there))
-            found["psnr_to_fp_db"] = evaluation.evaluate(head, None, None, originals)["psnr_to_fp_db"]
-            del reasons["psnr_to_fp_db"]
+            of_pairs, obstacles = evaluation.evaluate_with_reasons(head, None, None, originals)
+            found |= {name: of_pairs[name] for name in TO_FULL_PRECISION}
+            reasons = {name: why for name, why in reasons.items() if name not in TO_FULL_PRECISION}
+            reasons |= {name: why for name, why in obstacles.items() if name in TO_FULL_PRECISION}
         if found["num_images"] > IS_SPLIT and found["num_images"] % IS_SPLIT:
             found["is"], reasons["is"] = None, f"{found['num_images']} images are no whole splits of {IS_SPLIT}"
         figures = {**found, "reasons": reasons}
@@ -132,7 +142,7 @@ def _row(row: Row, every: list[Case], originals: list[Case] | None, evaluate: Ev
         "overrides": dict(row.overrides),
         "size": _read(every[0].model / "figures.json")["size"],
         "pooled": {
-            **{name: pooled[name] for name in (*POOLED, "num_images", "features")},
+            **{name: pooled.get(name) for name in (*POOLED, "num_images", "features")},
             "reasons": {name: why for name, why in pooled["reasons"].items() if name in POOLED},
         },
         "mean": {name: statistics.fmean(v) if v else None for name, v in values.items()},
@@ -149,7 +159,7 @@ def _seed(case: Case, originals: Case | None, evaluate: Evaluator) -> dict[str, 
         "seed": case.seed,
         "first_image": case.seed * case.num_images,
         "num_images": quality["num_images"],
-        **{name: quality[name] for name in QUALITY},
+        **{name: quality.get(name) for name in QUALITY},
         **model["held_out"],
         **{f"{name}_s": float(value) for name, value in model["seconds"].items()},
         "peak_gb": model["peak_bytes"] and model["peak_bytes"] / 1e9,

@@ -1,7 +1,7 @@
 """The collected figures for people: two markdown tables, quality and cost."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from benchmarks.quality import worth
@@ -13,7 +13,6 @@ def markdown(result: dict[str, Any]) -> str:
     rows, images, seeds = result["rows"], result["images"], result["seeds"]
     share = images // seeds
     c = result["config"]
-    exact = _exact(rows)
     lines = [
         f"# Quality by method and bits, {c['model']['checkpoint'] or c['model']['variant']}",
         "",
@@ -29,14 +28,14 @@ def markdown(result: dict[str, Any]) -> str:
         "## Quality",
         "",
     ]
-    head = ["Method", "Bits (W)", "FD ↓ pooled", "to full precision", "FD ↓ seeds", "to full precision, seeds", "sFD ↓ pooled",
-            "IS ↑ seeds", "Precision ↑ pooled", "Recall ↑ pooled", "PSNR ↑ seeds, dB", "Noise error ↓ seeds"]  # fmt: skip
-    lines += _table(head, [_quality(row, exact) for row in rows])
+    head, cells = zip(*_quality(rows), strict=True)
+    lines += _table([*head], [[cell(row) for cell in cells] for row in rows])
     lines += [
         "",
         "Bits: of a quantized weight, codes, codebooks and scales counted. PSNR: median over "
         f"{min(COMPARED, share)} images of each seed, to full precision's of the same noise and class. Noise error: relative L2 "
-        "error of the guided noise prediction on one held-out trajectory.",
+        "error of the guided noise prediction on one held-out trajectory."
+        + "".join(f" {text}" for column, text in _EXPLAINED.items() if column in head),
         "",
         *_worth(rows),
         "## Size and cost",
@@ -71,6 +70,12 @@ def _worth(rows: list[dict[str, Any]]) -> list[str]:
     explained = "Against the form itself at the same seeds: mean ± standard deviation of the differences."
     return ["## What each choice is worth", "", *_table(*found), "", explained, ""]
 
+
+_YOUNG = ("mind", "ssim_to_fp", "ms_ssim_to_fp")
+_EXPLAINED = {
+    "MD ↓ pooled": "MD: Monge distance, the formula of MIND on the features of FD.",
+    "SSIM ↑ seeds": "SSIM and MS-SSIM: means over the images of PSNR.",
+}
 
 README = ("fp", "kmeans_w2", "gptq_w2_g64", "released_w2", "ours_w2")
 """The rows of the README's table, in its order."""
@@ -173,22 +178,32 @@ def _spread(row: dict[str, Any], name: str, digits: int = 4) -> str:
     return number(mean, digits) if std is None else f"{number(mean, digits)} ± {number(std, 2)}"
 
 
-def _quality(row: dict[str, Any], exact: dict[str, Any] | None) -> list[str]:
-    pooled = row["pooled"]
-    return [
-        row["label"],
-        fixed(row["size"]["bits_per_quantized_weight"], 2),
-        number(pooled["fd"], 4),
-        _gap(row, exact),
-        _spread(row, "fd"),
-        _gaps(row, exact),
-        number(pooled["sfd"], 4),
-        _spread(row, "is"),
-        fixed(pooled["precision"], 4),
-        fixed(pooled["recall"], 4),
-        _spread(row, "psnr_to_fp_db", 3),
-        _spread(row, "noise_error", 3),
+def _quality(rows: list[dict[str, Any]]) -> list[tuple[str, Callable[[dict[str, Any]], str]]]:
+    """(head, cell of a row) of each column. Figures that results of older versions lack have one where a row has them."""
+    exact = _exact(rows)
+    young = {name for name in _YOUNG if any(row["mean"].get(name) is not None for row in rows)}
+    pooled = lambda name: lambda row: number(row["pooled"].get(name), 4)
+    share = lambda name: lambda row: fixed(row["pooled"][name], 4)
+    seeds = lambda name, digits=4: lambda row: _spread(row, name, digits)
+    columns = [
+        ("Method", "", lambda row: row["label"]),
+        ("Bits (W)", "", lambda row: fixed(row["size"]["bits_per_quantized_weight"], 2)),
+        ("FD ↓ pooled", "fd", pooled("fd")),
+        ("to full precision", "fd", lambda row: _gap(row, exact)),
+        ("FD ↓ seeds", "fd", seeds("fd")),
+        ("to full precision, seeds", "fd", lambda row: _gaps(row, exact)),
+        ("sFD ↓ pooled", "sfd", pooled("sfd")),
+        ("MD ↓ pooled", "mind", pooled("mind")),
+        ("MD ↓ seeds", "mind", seeds("mind")),
+        ("IS ↑ seeds", "is", seeds("is")),
+        ("Precision ↑ pooled", "precision", share("precision")),
+        ("Recall ↑ pooled", "recall", share("recall")),
+        ("PSNR ↑ seeds, dB", "psnr_to_fp_db", seeds("psnr_to_fp_db", 3)),
+        ("SSIM ↑ seeds", "ssim_to_fp", seeds("ssim_to_fp")),
+        ("MS-SSIM ↑ seeds", "ms_ssim_to_fp", seeds("ms_ssim_to_fp")),
+        ("Noise error ↓ seeds", "noise_error", seeds("noise_error", 3)),
     ]
+    return [(head, cell) for head, name, cell in columns if name not in _YOUNG or name in young]
 
 
 def _cost(row: dict[str, Any]) -> list[str]:

@@ -7,21 +7,20 @@ from typing import Any
 
 import numpy as np
 from absl import logging
-from jaxtyping import Float64
 
 from vq4dit_jax.errors import InputError, MissingExtraError
 from vq4dit_jax.evaluation import tfgan
 from vq4dit_jax.evaluation.classifiers import Classifier
 from vq4dit_jax.evaluation.extraction import Extracted, extract
 from vq4dit_jax.evaluation.images import ImageSet, open_images
+from vq4dit_jax.evaluation.monge import monge_distance
 from vq4dit_jax.evaluation.precision_recall import NEIGHBOURS, precision_and_recall
+from vq4dit_jax.evaluation.similarity import TO_FULL_PRECISION, compare
 from vq4dit_jax.evaluation.statistics import ReferenceStatistics
 
-# Equal images have an infinite PSNR, which strict JSON cannot hold; one value stands for all above it.
-PSNR_CAP_DB = 99.0
-_READ_AT_ONCE = 100
-FIGURES = ("fd", "sfd", "is", "kd", "precision", "recall")
-_FROM_TFGAN = FIGURES[:4]
+FIGURES = ("fd", "sfd", "mind", "is", "kd", "precision", "recall")
+_FROM_TFGAN = ("fd", "sfd", "is", "kd")
+_IN_METRICS = tuple(name for name in FIGURES if name != "kd")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,9 +28,10 @@ class Measurement:
     """Figures by name, and for each that is None the reason, in words.
 
     Attributes:
-      figures: fd, sfd: Frechet distance on the classifier's features, and on its spatial features; is: Inception
-        score's formula on its logits, the mean over consecutive splits of 5,000 images, as ADM's evaluator has it;
-        kd: kernel distance on the features; precision, recall: k = 3 nearest neighbours, on the features.
+      figures: fd, sfd: Frechet distance on the classifier's features, and on its spatial features; mind: Monge
+        distance on the features; is: Inception score's formula on its logits, the mean over consecutive splits of 5,000
+        images, as ADM's evaluator has it; kd: kernel distance on the features; precision, recall: k = 3 nearest
+        neighbours, on the features.
       reasons: why a figure is None.
       width: number of features.
     """
@@ -62,6 +62,8 @@ def measure(
         figures["fd"] = tfgan.frechet_distance(found.moments.finalize(), reference.moments)
     if "sfd" not in reasons:
         figures["sfd"] = tfgan.frechet_distance(found.spatial.finalize(), reference.spatial_moments)
+    if "mind" not in reasons:
+        figures["mind"] = monge_distance(found.kept, reference.features)
     if "is" not in reasons:
         figures["is"] = found.inception_score
     if "kd" not in reasons:
@@ -109,7 +111,8 @@ def _obstacles(
         if obstacle:
             reasons.update({name: reason for name in names if name not in reasons})
 
-    for names, part in (("fd",), "mu"), (("sfd",), "mu_s"), (("kd", "precision", "recall"), "features"):
+    of_features = ("mind", "kd", "precision", "recall")
+    for names, part in (("fd",), "mu"), (("sfd",), "mu_s"), (of_features, "features"):
         absent = getattr(reference, part) is None
         add(names, absent, reference.missing.get(part, f"the reference has no {part}"))
     add(("is",), not found.has_logits, f"{classifier.title} has no logits here: weights of its last layers are needed")
@@ -129,23 +132,6 @@ def _check_widths(found: Extracted, classifier: Classifier, reference: Reference
             raise InputError(f"the reference's {part} has {len(theirs)} features, and {classifier.title} has {width}")
 
 
-def psnr_db(images: np.ndarray, originals: np.ndarray) -> Float64[np.ndarray, " N"]:
-    """Peak signal-to-noise ratio of each image, 10 log10(255^2 / mean squared difference) dB, at most PSNR_CAP_DB.
-
-    Args:
-      images, originals: uint8 (N, H, W, 3), of equal shapes.
-    """
-    if images.shape != originals.shape or images.dtype != np.uint8 or originals.dtype != np.uint8:
-        raise InputError(
-            f"images are {images.dtype} {images.shape} and the full-precision ones {originals.dtype} {originals.shape};"
-            " uint8 of equal shapes is wanted"
-        )
-    # One image at a time: float copies of all of them could be eight times their size.
-    mse = [np.square(a.astype(np.float64) - b).mean() for a, b in zip(images, originals, strict=True)]
-    floor = 255.0**2 / 10 ** (PSNR_CAP_DB / 10)
-    return 10 * np.log10(255.0**2 / np.maximum(np.array(mse, np.float64), floor))
-
-
 def evaluate(
     images: np.ndarray | str | os.PathLike,
     classifier: Classifier | None,
@@ -156,13 +142,14 @@ def evaluate(
 
     Args:
       images: uint8 (N, H, W, 3), N >= 1; or a file or folder of them, as in `open_images`, which is then not held in memory.
-      classifier: the feature network; None where there is none, and then only the PSNR is computed.
+      classifier: the feature network; None where there is none, and then only the figures of pairs are computed.
       reference: of the real images, made with the same classifier; InputError otherwise.
       full_precision_images: the full-precision model's images of the same seeds and labels, in the form of `images`.
 
     Returns: dict with the keys
-      fd, sfd, is, precision, recall: see `Measurement`; `evaluate_with_reasons` and the log say why one is None.
+      fd, sfd, mind, is, precision, recall: see `Measurement`; `evaluate_with_reasons` and the log say why one is None.
       psnr_to_fp_db: median over the images of their PSNR to the full-precision ones, dB, at most 99.
+      ssim_to_fp, ms_ssim_to_fp: means over the images of their SSIM and MS-SSIM to the full-precision ones, at most 1.
       num_images: N.
       features: the network, layer and real images that these figures belong to. Figures of others do not compare.
     """
@@ -177,30 +164,21 @@ def evaluate_with_reasons(
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """(the result of `evaluate`, the reasons of its figures that are None, by their names)."""
     found = open_images(images)
-    figures: dict[str, Any] = dict.fromkeys(("fd", "sfd", "is", "precision", "recall", "psnr_to_fp_db"))
+    figures: dict[str, Any] = dict.fromkeys((*_IN_METRICS, *TO_FULL_PRECISION))
     described, reasons = "none", {}
     if classifier is None:
-        reasons = dict.fromkeys((name for name in figures if name in FIGURES), "there is no feature network")
+        reasons = dict.fromkeys(_IN_METRICS, "there is no feature network")
     else:
         measured = measure(found, classifier, reference)
-        figures |= {name: measured.figures[name] for name in figures if name in measured.figures}
+        figures |= {name: measured.figures[name] for name in _IN_METRICS}
         reasons = {name: reason for name, reason in measured.reasons.items() if name in figures}
         for reason in dict.fromkeys(reasons.values()):
             names = ", ".join(name for name in reasons if reasons[name] == reason)
             logging.warning("%s of %s not computed: %s", names, found.description, reason)
         described = f"{classifier.title} {classifier.features} ({measured.width}) against {reference.source}"
     if full_precision_images is not None:
-        figures["psnr_to_fp_db"] = _median_psnr(found, open_images(full_precision_images))
+        of_pairs, obstacles = compare(found, open_images(full_precision_images))
+        figures, reasons = figures | of_pairs, reasons | obstacles
     else:
-        reasons["psnr_to_fp_db"] = "there are no images to compare with"
+        reasons |= dict.fromkeys(TO_FULL_PRECISION, "there are no images to compare with")
     return {**figures, "num_images": len(found), "features": described}, reasons
-
-
-def _median_psnr(images: ImageSet, originals: ImageSet) -> float:
-    if images.shape != originals.shape:
-        raise InputError(
-            f"{images.description} have the shape {images.shape} and the full-precision ones {originals.shape};"
-            " equal shapes are wanted"
-        )
-    pairs = zip(images.batches(_READ_AT_ONCE), originals.batches(_READ_AT_ONCE), strict=True)
-    return float(np.median(np.concatenate([psnr_db(a, b) for a, b in pairs])))

@@ -33,7 +33,7 @@ def open_reference(
         a folder of images, or an `.npz` of uint8 images `arr_0`: they are run through the network;
         a file of `save_reference`, made with the same network and weights;
         ADM's `.npz`: `mu`, `sigma`, `mu_s`, `sigma_s` of Inception's pool_3 and spatial features, and often `arr_0`, of which
-        come the features for precision, recall and the kernel distance;
+        come the features for precision, recall, Monge and kernel distance;
         pytorch-fid's `.npz`: `mu`, `sigma`.
       source: a description of the images for people; by default from the path.
 

@@ -31,7 +31,7 @@ class ReferenceStatistics:
     Attributes:
       mu, sigma: moments of the features, float64 (D,), (D, D).
       mu_s, sigma_s: moments of the spatial features, float64 (E,), (E, E). Files hold sigma_s in float32.
-      features: (M, D) of M of the images, for precision, recall and the kernel distance; float16, or float32 where
+      features: (M, D) of M of the images, for precision, recall, Monge and kernel distance; float16, or float32 where
         float16 would overflow.
       classifier: name of the feature network, as in `load_classifier`.
       source: a description of the images for people: "10,000 test images (JPEG)".

@@ -165,10 +165,13 @@ def _picture(pixels: np.ndarray, alternative: str) -> Element:
 QUALITY = (  # key, name, better is, text
     ("fd", "Fréchet distance", min, number),
     ("sfd", "Spatial Fréchet distance", min, number),
+    ("mind", "Monge distance", min, number),
     ("is", "Inception score", max, number),
     ("precision", "Precision", max, lambda v: fixed(v, 3)),
     ("recall", "Recall", max, lambda v: fixed(v, 3)),
     ("psnr_to_fp_db", "PSNR to full precision, dB", max, lambda v: fixed(v, 1)),
+    ("ssim_to_fp", "SSIM to full precision", max, lambda v: fixed(v, 4)),
+    ("ms_ssim_to_fp", "MS-SSIM to full precision", max, lambda v: fixed(v, 4)),
     ("num_images", "Pictures", None, integer),
 )
 
@@ -195,11 +198,12 @@ def quality(metrics: Figures) -> Element:
     where = f"Features: {'; '.join(features)}." if features else "No features were named."
     caption = f"{where} ↓ lower is better, ↑ higher is better; the best of the quantized models is bold."
     warning = (
-        "Inception features: comparable with a published FID only where that one comes from the same layer, the same "
-        "reference statistics and the same number of pictures."
+        "Inception features: comparable with a published FID or MIND (here the Monge distance) only where that one comes "
+        "from the same layer, the same reference statistics and the same number of pictures."
         if inception
-        else "This is not FID: FID is a Fréchet distance of Inception features. Compare these figures only with each "
-        "other and with others made from the same features, reference pictures and number of samples."
+        else "This is not FID: FID is a Fréchet distance of Inception features, and MIND a Monge distance of them. Compare "
+        "these figures only with each other and with others made from the same features, reference pictures and number of "
+        "samples."
     )
     return section(
         "quality",

@@ -3,7 +3,8 @@
 A row is a dict, as `table.json` holds them:
   method ("full precision", "VQ4DiT"), bits (32, 3, 2), bytes (of the model on disk; 4 a parameter for full precision),
   steps, sampler, cfg_scale, num_images, seed; fd, sfd, is, precision, recall (None where not computed), features (the
-  network and the real images that they belong to), reasons (figure -> why it is None).
+  network and the real images that they belong to), reasons (figure -> why it is None); and, in rows that are young enough,
+  mind, psnr_to_fp_db, ssim_to_fp, ms_ssim_to_fp.
 """
 
 from typing import Any
@@ -13,10 +14,17 @@ from vq4dit_jax.reporting.markup import DASH, Element, element, fixed, note, num
 _FIGURES = (  # key, name, text
     ("fd", "FID ↓", number),
     ("sfd", "sFID ↓", number),
+    ("mind", "MIND ↓", number),
     ("is", "IS ↑", lambda v: number(v, 4)),
     ("precision", "Precision ↑", lambda v: fixed(v, 4)),
     ("recall", "Recall ↑", lambda v: fixed(v, 4)),
+    ("psnr_to_fp_db", "PSNR ↑ (dB)", lambda v: fixed(v, 1)),
+    ("ssim_to_fp", "SSIM ↑", lambda v: fixed(v, 4)),
+    ("ms_ssim_to_fp", "MS-SSIM ↑", lambda v: fixed(v, 4)),
 )
+_TO_FULL_PRECISION = ("psnr_to_fp_db", "ssim_to_fp", "ms_ssim_to_fp")
+_NOT_IN_PAPERS = ("mind", *_TO_FULL_PRECISION)
+"""These have a column where a row has the figure."""
 _RECIPE = ("num_images", "sampler", "cfg_scale", "seed", "features")
 
 
@@ -27,28 +35,33 @@ def sort_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def is_fid(rows: list[dict[str, Any]]) -> bool:
-    """Whether the distances may be called FID: Inception's pool_3 in every row that has one."""
-    named = [row["features"].lower() for row in rows if row.get("fd") is not None]
+    """Whether the distances may be called FID and MIND: Inception's pool_3 in every row that has one."""
+    named = [row["features"].lower() for row in rows if any(row.get(key) is not None for key in ("fd", "mind"))]
     return bool(named) and all("inception" in name and "pool_3" in name for name in named)
 
 
 def _cells(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]], list[str]]:
     """(head, rows as text, notes: the recipes of the rows, and the reasons for missing figures)."""
-    names = [name if is_fid(rows) else name.replace("FID", "FD") for _, name, _ in _FIGURES]
+    shown = [
+        one for one in _FIGURES if one[0] not in _NOT_IN_PAPERS or any(row.get(one[0]) is not None for row in rows)
+    ]
+    names = [name if is_fid(rows) else name.replace("FID", "FD").replace("MIND", "MD") for _, name, _ in shown]
     recipes = list(dict.fromkeys(_recipe(row) for row in rows))
     numbered = len(recipes) > 1
     head = ["Timesteps", "Method", "Bits (W)", "Size (MB)", *names] + (["Recipe"] if numbered else [])
     cells = []
     for row in rows:
-        values = [text(row.get(key)) for key, _, text in _FIGURES]
+        values = [text(row.get(key)) for key, _, text in shown]
         size = fixed(row["bytes"] / 1e6, 1)
         line = [str(row["steps"]), row["method"], f"{row['bits']:g}", size, *values]
         cells.append(line + ([str(recipes.index(_recipe(row)) + 1)] if numbered else []))
     notes = [f"{i + 1}: {recipe}" if numbered else recipe for i, recipe in enumerate(recipes)]
     reasons: dict[str, list[str]] = {}
+    # Full precision's own dashes explain themselves.
+    silent = {*_NOT_IN_PAPERS} - {key for key, *_ in shown} | {*_TO_FULL_PRECISION}
     for row in rows:
         for figure, reason in (row.get("reasons") or {}).items():
-            if figure == "psnr_to_fp_db":  # the table has no column for it
+            if figure in silent:
                 continue
             figures = reasons.setdefault(reason, [])
             figures += [figure] if figure not in figures else []

@@ -3,13 +3,14 @@
 from typing import Any
 
 from vq4dit_jax import files
+from vq4dit_jax.evaluation import TO_FULL_PRECISION
 from vq4dit_jax.methods import method
 from vq4dit_jax.methods.method import FULL_PRECISION
 from vq4dit_jax.qarray.tree import Sizes
 from vq4dit_jax.run.workdir import Workdir
 from vq4dit_jax.storage import checkpoint, provenance
 
-_QUALITY = ("fd", "sfd", "is", "precision", "recall", "psnr_to_fp_db", "num_images", "features")
+_QUALITY = ("fd", "sfd", "mind", "is", "precision", "recall", *TO_FULL_PRECISION, "num_images", "features")
 
 
 def metrics(
