@@ -16,13 +16,15 @@ FORMAT = 2
 """Of a workdir. 1 was 0.1.0's, which did not write it down."""
 OWN_KEYS = ("format", "version", "sources")
 """Keys of config.json beside those of the config."""
+_MADE = ("seed", "model", "quantize", "viditq")
+_CALIBRATED = (*_MADE, "calibration")
 READS = {
-    "quantize": ("seed", "method", "model", "quantize"),
-    "calibrate": ("seed", "method", "model", "quantize", "calibration"),
-    "export": ("seed", "method", "model", "quantize", "calibration"),
-    "sample": ("seed", "method", "model", "quantize", "calibration", "sample", "evaluation.class_names"),
-    "evaluate": ("seed", "method", "model", "quantize", "calibration", "sample", "evaluation", "beside"),
-    "report": ("seed", "method", "model", "quantize", "calibration", "sample", "evaluation", "beside"),
+    "quantize": _MADE,
+    "calibrate": _CALIBRATED,
+    "export": _CALIBRATED,
+    "sample": (*_CALIBRATED, "sample", "evaluation.class_names"),
+    "evaluate": (*_CALIBRATED, "sample", "evaluation", "beside"),
+    "report": (*_CALIBRATED, "sample", "evaluation", "beside"),
 }
 """Stage -> the sections and keys of the config that decide its result, those of the stages before it among them."""
 NOT_READ = {"quantize": ("model.vae",), "calibrate": ("model.vae", "calibration.save_every"), "export": ("model.vae",)}
