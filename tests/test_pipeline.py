@@ -115,7 +115,9 @@ def test_metrics_follow_the_schema_and_the_files(finished):
     assert set(m["quality"]) == {"fp", "kmeans", "vq4dit"} and all(set(q) == quality for q in m["quality"].values())
     assert all(m["quality"]["fp"][name] is None for name in to_fp) and m["quality"]["vq4dit"]["num_images"] == 6
     for name in ("kmeans", "vq4dit"):
-        assert all(0 < m["quality"][name][figure] <= 99 for figure in ("mind", *to_fp))
+        found = m["quality"][name]
+        assert found["mind"] > 0 and 0 < found["psnr_to_fp_db"] <= 99
+        assert -1 <= found["ssim_to_fp"] <= 1 and 0 <= found["ms_ssim_to_fp"] <= 1
     assert set(m["calibration"]) == {
         "steps", "l_d_last", "l_r_last", "frozen_fraction", "kmeans_l_d", "hard_l_d", "kmeans_eps_error", "hard_eps_error"
     }  # fmt: skip
