@@ -130,8 +130,8 @@ def test_operands_in_the_wider_dtype_have_the_products_of_the_values_themselves(
     weights = np.exp(np.einsum("btnh,bsnh->bnts", a, b) / 8)
     wanted = np.einsum("bnts,bsnh->btnh", weights / weights.sum(-1, keepdims=True), c)
     assert found.dtype == jnp.bfloat16
-    # Half of a bfloat16's last place is 2**-9 of the value.
-    np.testing.assert_allclose(*exact(found), wanted, rtol=2**-8.9, atol=1e-5 * np.abs(wanted).max())
+    # A bfloat16 has 8 bits, so half of its last place is up to 2**-8 of the value.
+    np.testing.assert_allclose(*exact(found), wanted, rtol=2**-7.9, atol=1e-5 * np.abs(wanted).max())
 
 
 def test_a_fall_back_is_explained(capsys):

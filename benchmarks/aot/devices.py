@@ -4,8 +4,8 @@
     python -m benchmarks.aot.devices --compile [--only t4] [--json FILE]
                                                                     compiles a sampler step of DiT-XL/2 for each device and form
 
-The second prints the operands of all products, launches of an iteration of the loop over blocks, and temporary memory; 256 px, one
-image with guidance. Exit code 1 where one does not compile.
+The second prints the operands of all products, launches of an iteration of the loop over blocks, and temporary memory; 256 px,
+one image with guidance. Exit code 1 where one does not compile.
 """
 
 import argparse
