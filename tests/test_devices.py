@@ -53,9 +53,10 @@ def test_products_are_read_from_xlas_text():
   b.1 = s8[2,4]{1,0} parameter(1)
   ROOT %dot.3 = f32[2,2]{1,0} dot(%a, %a), lhs_contracting_dims={1}, rhs_contracting_dims={1}
   %c = (s32[2,2]{1,0}, s8[4194304]{0}) custom-call(%b.1, s8[2,4]{1,0} %b.1), custom_call_target="__cublas$lt$matmul"
-  %d = (f32[2,2]{1,0}, u8[0]{0}) custom-call(%a, %a), custom_call_target="__cudnn$convForward"
+  %d = (f32[2,2]{1,0}, f16[0]{0:S(1)}) custom-call(%a, %a), custom_call_target="__cudnn$convForward"
+  %e = f32[2,2]{1,0} dot(%d#0, %d#1), lhs_contracting_dims={1}, rhs_contracting_dims={1}
 """
-    assert products(text) == [("bfloat16", "bfloat16"), ("int8", "int8")]
+    assert products(text) == [("bfloat16", "bfloat16"), ("int8", "int8"), ("float32", "float16")]
 
 
 def compile_forms(target, forms):
