@@ -47,22 +47,25 @@ def linear(
         image_tokens=0 if e.modulation is None else e.tokens,
     )
     if choice.implementation == "xla":
-        return dense_linear(x, weights, e, layer)
+        return dense_linear(x, weights, e, layer, choice.operands)
     from pallas_kernels.mosaic.matmul import product
 
     return product(x, weights, e, layer, choice.tile)
 
 
-def dense_linear(x: Any, weights: Any, e: Epilogue, layer: Int32[Array, " 1"]) -> Shaped[Array, "M O"]:
-    """The same through XLA: this layer's weights are decoded; 8-bit operands are multiplied in 8 bits."""
+def dense_linear(
+    x: Any, weights: Any, e: Epilogue, layer: Int32[Array, " 1"], operands: Any = None
+) -> Shaped[Array, "M O"]:
+    """The same through XLA: this layer's weights are decoded, and multiplied in the dtype `operands`; None: in their own."""
     i = layer[0]
     if weights.paired_rows:
         e = epilogue_lib.unpaired(e)
     if isinstance(weights, NibbleWeights):
         acc = _grouped_sums(x, weights, i)
     else:
+        x, w = (a if operands is None else a.astype(operands) for a in (x, weights.dense(i)))
         wide = jnp.int32 if x.dtype == jnp.int8 else jnp.float32
-        acc = jax.lax.dot_general(x, weights.dense(i), _CONTRACT, preferred_element_type=wide)
+        acc = jax.lax.dot_general(x, w, _CONTRACT, preferred_element_type=wide)
     return epilogue_lib.apply(acc, e, i)
 
 
@@ -131,9 +134,10 @@ def attention(
 ) -> Float[Array, "B T N H"]:
     """softmax(q k^T / sqrt(H)) v by a library: cuDNN's or XLA's."""
     choice = selector.attention(selector.facts(), q.shape[-1], q.dtype)
+    operands = (a if choice.operands is None else a.astype(choice.operands) for a in (q, k, v))
     # Its XLA form mixes bfloat16 and float32 where strict promotion wants casts.
     with jax.numpy_dtype_promotion("standard"):
-        return jax.nn.dot_product_attention(q, k, v, implementation=choice.implementation)
+        return jax.nn.dot_product_attention(*operands, implementation=choice.implementation).astype(q.dtype)
 
 
 def fused_attention(

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from pallas_kernels import tiles
 from pallas_kernels.operand import Operand
 from pallas_kernels.tiles import Tile
-from pallas_kernels.weights import Weights
+from pallas_kernels.weights import NibbleWeights, Weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,15 +37,29 @@ class Facts:
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """`implementation` is "mosaic" (our kernel), "xla", or "cudnn" (attention); `tile` goes with a product's kernel."""
+    """`implementation` is "mosaic" (our kernel), "xla", or "cudnn" (attention); `tile` goes with a product's kernel.
+
+    `operands`: the dtype of what XLA multiplies, where it runs a product or attention; what comes in another is cast to it.
+    """
 
     implementation: str
     reason: str
     tile: Tile | None = None
+    operands: Any = None
 
 
 H200 = Facts("gpu", "NVIDIA H200", (9, 0), 132, False)
 """The device that `benchmarks.aot` compiles for, without cuDNN, which is not among its wheels."""
+
+_OWN_PRODUCTS = {
+    jnp.dtype(jnp.bfloat16): ((8, 0), jnp.dtype(jnp.float32)),
+    jnp.dtype(jnp.float8_e4m3fn): ((8, 9), jnp.dtype(jnp.float16)),
+}
+"""The compute capability from which NVIDIA's GPUs multiply a dtype, and for those before a dtype that holds each of its values.
+
+XLA does the same by itself to a plain product. It refuses, while it compiles, one that names its algorithm, as attention of
+`jax.nn` does in bfloat16. float16 would take a quarter less memory there, but not hold what is beyond 65504.
+"""
 
 _ASSUMED: contextvars.ContextVar[Facts | None] = contextvars.ContextVar("assumed", default=None)
 
@@ -99,15 +113,27 @@ def _not_hopper(facts: Facts) -> str | None:
     return None
 
 
+def _by_xla(facts: Facts, dtype: Any, reason: str) -> Choice:
+    """XLA's product of operands in `dtype`, or in one that holds their values where the device does not multiply it."""
+    dtype = jnp.dtype(dtype)
+    first, wider = _OWN_PRODUCTS.get(dtype, (None, None))
+    if first is None or facts.capability is None or facts.capability >= first:
+        return Choice("xla", f"{reason}; XLA gets operands in {dtype.name}", operands=dtype)
+    lacks = f"{dtype.name} has products from compute capability {first[0]}.{first[1]} on"
+    return Choice("xla", f"{reason}; XLA gets operands in {wider.name}: {lacks}", operands=wider)
+
+
 def product(
     facts: Facts, weights: Weights, tokens: int, *, result_bytes: int = 2, image_tokens: int = 0, may_split: bool = True
 ) -> Choice:
     """For X (tokens, I) times packed W; `image_tokens` is not 0 where a gate of each image is applied."""
+    # 4-bit integers with scales by group: `ops` multiplies the scales into them first.
+    by_xla = functools.partial(_by_xla, facts, jnp.float32 if isinstance(weights, NibbleWeights) else weights.dtype)
     if reason := _not_hopper(facts):
-        return Choice("xla", reason)
+        return by_xla(reason)
     group_rows = weights.rows // weights.groups
     if group_rows % 64:
-        return Choice("xla", f"{group_rows} rows share a codebook: a kernel's tile has 64")
+        return by_xla(f"{group_rows} rows share a codebook: a kernel's tile has 64")
     itemsize = jnp.dtype(weights.dtype).itemsize
     tile = tiles.choose(
         tokens,
@@ -124,7 +150,7 @@ def product(
         multiprocessors=facts.multiprocessors,
     )
     if tile is None:
-        return Choice("xla", f"no tile fits: M={tokens}, O={weights.rows}, I={weights.columns}, T={image_tokens}")
+        return by_xla(f"no tile fits: M={tokens}, O={weights.rows}, I={weights.columns}, T={image_tokens}")
     return Choice("mosaic", f"{facts.name}: {jnp.dtype(weights.dtype).name} operands, {tile}", tile)
 
 
@@ -141,22 +167,22 @@ def norm(facts: Facts, width: int, tokens: int, x_dtype: Any, operand: Operand |
 
 def attention(facts: Facts, head_size: int, dtype: Any) -> Choice:
     """For softmax(Q K^T) V without a mask."""
+    by_xla = functools.partial(_by_xla, facts, dtype)
     if facts.platform != "gpu" or facts.capability is None or facts.capability < (8, 0):
-        return Choice("xla", f"{facts}: cuDNN's attention needs compute capability 8.0")
+        return by_xla(f"{facts}: cuDNN's attention needs compute capability 8.0")
     if not facts.cudnn:
-        return Choice("xla", "no cuDNN (pip install nvidia-cudnn-cu13 or -cu12)")
+        return by_xla("no cuDNN (pip install nvidia-cudnn-cu13 or -cu12)")
     if dtype not in (jnp.bfloat16, jnp.float16) or head_size % 8 or head_size > 128:
-        return Choice(
-            "xla", f"{jnp.dtype(dtype).name}, heads of {head_size}: cuDNN takes 16 bits, multiples of 8 to 128"
-        )
+        return by_xla(f"{jnp.dtype(dtype).name}, heads of {head_size}: cuDNN takes 16 bits, multiples of 8 to 128")
     return Choice("cudnn", f"{facts.name}: flash attention")
 
 
 def fused_attention(facts: Facts, head_size: int, num_heads: int, tokens: int) -> Choice:
     """For attention that reads the qkv product in its own layout."""
-    if reason := _not_hopper(facts):
-        return attention(facts, head_size, jnp.bfloat16) if facts.platform == "gpu" else Choice("xla", reason)
-    if tokens % 64 or head_size % 8 or head_size > 128 or head_size % 16 and num_heads % 2:
+    reason = _not_hopper(facts)
+    if facts.platform != "gpu":
+        return _by_xla(facts, jnp.bfloat16, reason)
+    if reason or tokens % 64 or head_size % 8 or head_size > 128 or head_size % 16 and num_heads % 2:
         return attention(facts, head_size, jnp.bfloat16)
     return Choice("mosaic", f"{facts.name}: flash attention on the qkv product as it lies")
 

@@ -12,8 +12,8 @@ import pytest
 from models import inputs
 
 import vq4dit_jax as vq
-from benchmarks.aot import cases
-from pallas_kernels import ops
+from benchmarks.aot import steps
+from pallas_kernels import ops, selector
 from pallas_kernels.weights import PreparedLinear
 from vq4dit_jax.errors import InputError
 from vq4dit_jax.networks.dit import DiT, DiTBlock, variant
@@ -150,6 +150,27 @@ def test_integer_weights_are_the_dense_model_up_to_their_roundings(weights, fixe
     assert difference(run(prepared("int8", weights, fixed)), run(dense())) < tolerance
 
 
+@pytest.mark.parametrize(
+    "activations, weights, fixed",
+    [(None, None, False), ("int8", None, True), ("e4m3", None, True), ("e4m3", None, False), ("int8", "int4", True)],
+)
+def test_the_wider_products_of_a_t4_change_nothing_but_roundings(activations, weights, fixed):
+    """bfloat16 multiplied as float32, and e4m3 as float16, whose products are those of the values themselves."""
+    params = prepared(activations, weights, fixed)
+
+    def on_a_t4(params):
+        with selector.assume(selector.Facts("gpu", "Tesla T4", (7, 5), 40, True)):
+            return MODEL.apply({"params": params}, X, T, Y)
+
+    text = jax.jit(on_a_t4).lower(params).as_text()
+    products = [line for line in text.splitlines() if "dot_general" in line]
+    assert products and not any("f8E4M3FN" in line for line in products)
+    # Outside the blocks the operands are the model's own.
+    assert not any("bf16" in line for line in products if "batching_dims" in line)
+    # A last bit of attention decides how a value near the middle of two 8-bit ones is rounded.
+    assert difference(jax.jit(on_a_t4)(params), run(params)) < (1e-2 if activations is None else 2e-2)
+
+
 @pytest.mark.parametrize("weights", ["int8", "int4"])
 def test_integer_products_are_those_of_values_rounded_in_float64(weights):
     """W8A8 and W4A8 as the papers define them: symmetric, a scale for a row (and 128 inputs), a scale for a token."""
@@ -249,7 +270,7 @@ def test_memory_holds_one_copy_of_the_assignments():
 @pytest.mark.parametrize("activations", [None, "int8"])
 def test_weights_of_dit_xl_in_2_bits_take_less_than_190_mb(activations):
     model = variant("DiT-XL/2", dtype=jnp.bfloat16)
-    shapes = cases.prepared_shapes(model, 2, activations)
+    shapes = steps.prepared_shapes(model, steps.Form(activations, ranges=activations is not None))
     assert shapes["blocks"].depth == 28
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
     # 159.469 MiB of assignments are the least.

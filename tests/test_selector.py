@@ -1,5 +1,6 @@
 """What runs where, and why: the selector's table, and the cut of a product into blocks."""
 
+import dataclasses
 import types
 
 import jax
@@ -45,13 +46,36 @@ def int8(rows, columns):
 @pytest.mark.parametrize("device", NOT_HOPPER)
 def test_elsewhere_than_on_hopper_xla_runs_everything_and_the_reason_says_what_the_device_is(device):
     facts, reason = DEVICES[device], NOT_HOPPER[device]
-    choices = [
-        selector.product(facts, vq(), 4096),
-        selector.product(facts, int8(1152, 1152), 4096),
-        selector.norm(facts, 1152, 256, jnp.bfloat16),
-        selector.soft_weights(facts, 256, 4, 2),
-    ]
-    assert choices == 4 * [Choice("xla", reason)]
+    choices = [selector.norm(facts, 1152, 256, jnp.bfloat16), selector.soft_weights(facts, 256, 4, 2)]
+    assert choices == 2 * [Choice("xla", reason)]
+    for weights in (vq(), vq(dtype=jnp.float8_e4m3fn), int8(1152, 1152)):
+        choice = selector.product(facts, weights, 4096)
+        assert choice.implementation == "xla" and choice.reason.startswith(f"{reason}; XLA gets operands in ")
+
+
+@pytest.mark.parametrize("device, bfloat16, e4m3", [
+    ("cpu", "bfloat16", "float8_e4m3fn"),
+    ("tpu", "bfloat16", "float8_e4m3fn"),
+    ("t4", "float32", "float16"),
+    ("a100", "bfloat16", "float16"),
+    ("b200", "bfloat16", "float8_e4m3fn"),
+    ("amd", "bfloat16", "float8_e4m3fn"),
+])  # fmt: skip
+def test_xla_gets_operands_that_the_device_multiplies_and_a_wider_dtype_is_said_with_its_reason(device, bfloat16, e4m3):
+    facts = dataclasses.replace(DEVICES[device], cudnn=False)
+    for choice, own, operands in (
+        (selector.product(facts, vq(), 4096), "bfloat16", bfloat16),
+        (selector.product(facts, vq(dtype=jnp.float8_e4m3fn), 4096), "float8_e4m3fn", e4m3),
+        (selector.product(facts, vq(dtype=jnp.int8), 4096), "int8", "int8"),
+        (selector.product(facts, int8(1152, 1152), 4096), "int8", "int8"),
+        (selector.attention(facts, 72, jnp.bfloat16), "bfloat16", bfloat16),
+        (selector.attention(facts, 72, jnp.float16), "float16", "float16"),
+        (selector.attention(facts, 72, jnp.float32), "float32", "float32"),
+        (selector.fused_attention(facts, 72, 16, 256), "bfloat16", bfloat16),
+    ):
+        assert (choice.implementation, choice.operands) == ("xla", jnp.dtype(operands))
+        wider = f": {own} has products from compute capability {'8.0' if own == 'bfloat16' else '8.9'} on"
+        assert choice.reason.endswith(f"; XLA gets operands in {operands}{'' if own == operands else wider}")
 
 
 @pytest.mark.parametrize("device", HOPPER)
@@ -72,8 +96,6 @@ def test_on_hopper_our_kernels_run_and_the_reason_names_the_device(device):
 def test_what_no_kernel_takes_goes_to_xla_and_the_reason_names_it():
     hopper = selector.H200
     reasons = {
-        "96 rows share a codebook: a kernel's tile has 64": selector.product(hopper, vq(192, 128, groups=2), 64),
-        "no tile fits: M=100, O=1152, I=1152, T=50": selector.product(hopper, vq(), 100, image_tokens=50),
         "float32 (256 tokens, D=1152): wanted bfloat16, D % 64 == 0": selector.norm(hopper, 1152, 256, jnp.float32),
         "bfloat16 (256 tokens, D=96): wanted bfloat16, D % 64 == 0": selector.norm(hopper, 96, 256, jnp.bfloat16),
         "K=512, d=4, n=2: wanted K to 256, d of 2, 4 or 8, n to 4": selector.soft_weights(hopper, 512, 4, 2),
@@ -82,13 +104,20 @@ def test_what_no_kernel_takes_goes_to_xla_and_the_reason_names_it():
     }
     for reason, choice in reasons.items():
         assert choice == Choice("xla", reason)
+    products = {
+        "96 rows share a codebook: a kernel's tile has 64": selector.product(hopper, vq(192, 128, groups=2), 64),
+        "no tile fits: M=100, O=1152, I=1152, T=50": selector.product(hopper, vq(), 100, image_tokens=50),
+    }
+    for reason, choice in products.items():
+        assert choice == Choice("xla", f"{reason}; XLA gets operands in bfloat16", operands=jnp.dtype(jnp.bfloat16))
 
 
 def test_attention_is_cudnns_where_it_can_be():
     cudnn = {name: selector.attention(facts, 72, jnp.bfloat16) for name, facts in DEVICES.items()}
     assert {name for name, choice in cudnn.items() if choice.implementation == "cudnn"} == {"a100", "h100", "b200"}
-    assert cudnn["t4"].reason == "Tesla T4, compute capability 7.5: cuDNN's attention needs compute capability 8.0"
-    assert cudnn["cpu"].reason == "cpu: cuDNN's attention needs compute capability 8.0"
+    needs = "cuDNN's attention needs compute capability 8.0"
+    assert cudnn["t4"].reason.startswith(f"Tesla T4, compute capability 7.5: {needs}; XLA gets operands in float32: ")
+    assert cudnn["cpu"].reason == f"cpu: {needs}; XLA gets operands in bfloat16"
     assert cudnn["h200"].reason.startswith("no cuDNN (pip install")
     for head_size, dtype, fact in (
         (72, jnp.float32, "float32"),

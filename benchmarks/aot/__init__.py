@@ -1,1 +1,1 @@
-"""Compiles jitted functions for an NVIDIA H200 on a machine that has no GPU, and reads facts from the compiled programs."""
+"""Compiles jitted functions for NVIDIA GPUs on a machine that has none, and reads facts from the compiled programs."""

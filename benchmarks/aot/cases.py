@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.aot import steps
+from benchmarks.aot.steps import Form, stacked
 from pallas_kernels import selector, weights
 from pallas_kernels.epilogue import Epilogue
 from pallas_kernels.mosaic.attention import attention
@@ -21,12 +23,8 @@ from pallas_kernels.mosaic.ln_modulate_quantize import ln_modulate_quantize
 from pallas_kernels.mosaic.matmul import product
 from pallas_kernels.mosaic.soft_decode import soft_decode
 from pallas_kernels.tiles import Tile
-from vq4dit_jax.diffusion import schedule as diffusion
-from vq4dit_jax.networks.dit import DiT, variant
-from vq4dit_jax.networks.inference import prepare_for_inference
+from vq4dit_jax.networks.dit import variant
 from vq4dit_jax.qarray.rules import BITS
-from vq4dit_jax.qarray.tree import random_params
-from vq4dit_jax.qarray.vq import from_codes
 
 LAYERS, WIDTH, HEADS, IMAGE_TOKENS = 28, 1152, 16, 256
 _S = jax.ShapeDtypeStruct
@@ -42,12 +40,6 @@ class Case:
     mma: str | None = "HGMMA"
     max_loop: int | None = None
     max_launches: int | None = None
-
-
-def stacked(one: Any, axis: int, copies: int) -> Any:
-    """Shapes of a tree whose arrays are `copies` times as long in `axis`."""
-    longer = lambda a: _S((*a.shape[:axis], a.shape[axis] * copies, *a.shape[axis + 1 :]), a.dtype)
-    return jax.tree.map(longer, one)
 
 
 def vq(rows: int, columns: int, bits: int | float, dtype: Any, paired: bool = False) -> Any:
@@ -143,66 +135,23 @@ def _others() -> dict[str, Case]:
     }
 
 
-def prepared_shapes(model: DiT, bits: int | None, activations: str | None, integers: str | None = None) -> Any:
-    """Shapes of a prepared tree of `model`, made from one layer of random weights."""
-    one = model.clone(depth=1)
-    x = jnp.zeros((2, model.input_size, model.input_size, model.in_channels))
-    labels = jnp.zeros(2, jnp.int32)
-    shapes = jax.eval_shape(lambda: one.init(jax.random.key(0), x, labels, labels)["params"])
-    params = random_params(shapes, jax.random.key(1))
-
-    def quantize(path: Any, leaf: jax.Array) -> Any:
-        name = jax.tree_util.keystr(path)
-        if bits is None or "blocks" not in name or "kernel" not in name:
-            return leaf
-        codewords, length = BITS[bits]
-        _, columns, rows = leaf.shape
-        groups = 3 if "qkv" in name else 1
-        codes = np.zeros((1, rows, columns // length), np.uint8)
-        return from_codes(jnp.zeros((1, groups, codewords, length), jnp.float32), codes)
-
-    ranges = {"attn/proj": np.ones(1), "mlp/fc2": np.ones(1)} if activations else None
-    params = jax.tree_util.tree_map_with_path(quantize, params)
-    prepared = prepare_for_inference(params, activations, weights=integers, ranges=ranges)
-    blocks = prepared["blocks"]
-    # adaLN's layers are one stack of many rows: scales by group have their rows in the third axis.
-    modulation = stacked(blocks.modulation, 1, model.depth)
-    if integers == "int4":
-        scales = stacked(blocks.modulation.weights.scales, 2, model.depth)
-        modulation = dataclasses.replace(modulation, weights=dataclasses.replace(modulation.weights, scales=scales))
-    rest = {name: stacked(getattr(blocks, name), 0, model.depth) for name in ("qkv", "proj", "fc1", "fc2")}
-    scale = None if activations is None else _S((model.depth,), jnp.float32)
-    kept = jax.tree.map(lambda a: _S(a.shape, a.dtype), {k: v for k, v in prepared.items() if k != "blocks"})
-    return {**kept, "blocks": dataclasses.replace(blocks, modulation=modulation, attention_scale=scale, **rest)}
-
-
-def _step(size: int, batch: int, bits: int | None, activations: str | None, integers: str | None = None) -> Case:
+def _step(size: int, batch: int, form: Form) -> Case:
     """A sampler step of XL/2 with guidance: 2 * batch rows."""
     model = variant("DiT-XL/2", input_size=size, dtype=jnp.bfloat16)
-    schedule = diffusion.make_schedule(50)
-
-    def fn(params: Any, x: jax.Array, y: jax.Array, i: jax.Array, noise: jax.Array) -> jax.Array:
-        t = jnp.full((2 * batch,), schedule.timesteps[i], jnp.int32)
-        with selector.assume(selector.H200):
-            both = jnp.concatenate([x, x])
-            out = model.apply({"params": params}, both, t, y, 1.5, method="forward_with_cfg")
-        return diffusion.ddpm_step(schedule, i, x, out[:batch], noise)
-
-    image = _S((batch, size, size, 4), jnp.float32)
-    params = prepared_shapes(model, bits, activations, integers)
-    limit = 11 if activations else 10
-    return Case(fn, (params, image, _S((2 * batch,), jnp.int32), _S((), jnp.int32), image), max_launches=limit)
+    fn, shapes = steps.step(model, batch, selector.H200)
+    return Case(fn, (steps.prepared_shapes(model, form), *shapes), max_launches=11 if form.activations else 10)
 
 
 @functools.cache
 def cases() -> dict[str, Case]:
     """By name. This takes seconds, because a layer of each network is prepared."""
-    steps = {
-        "step 256 px batch 8 vq2": _step(32, 8, 2, None),
-        "step 256 px batch 8 w2a8": _step(32, 8, 2, "int8"),
-        "step 256 px batch 8 w8a8": _step(32, 8, None, "int8", "int8"),
-        "step 256 px batch 1 vq2": _step(32, 1, 2, None),
-        "step 256 px batch 1 w2a8": _step(32, 1, 2, "int8"),
-        "step 512 px batch 1 w2a8": _step(64, 1, 2, "int8"),
+    w2, w2a8, w8a8 = Form(), Form("int8", ranges=True), Form("int8", "int8", ranges=True)
+    whole = {
+        "step 256 px batch 8 vq2": _step(32, 8, w2),
+        "step 256 px batch 8 w2a8": _step(32, 8, w2a8),
+        "step 256 px batch 8 w8a8": _step(32, 8, w8a8),
+        "step 256 px batch 1 vq2": _step(32, 1, w2),
+        "step 256 px batch 1 w2a8": _step(32, 1, w2a8),
+        "step 512 px batch 1 w2a8": _step(64, 1, w2a8),
     }
-    return {**_products(), **_others(), **steps}
+    return {**_products(), **_others(), **whole}

@@ -1,4 +1,4 @@
-"""Compiles a jitted function for an NVIDIA H200 with no GPU, and keeps the texts that XLA and Mosaic write."""
+"""Compiles a jitted function for an NVIDIA GPU on a machine that has none, and keeps the texts that XLA and Mosaic write."""
 
 import contextlib
 import dataclasses
@@ -21,8 +21,7 @@ from jaxlib.mlir import ir
 
 from benchmarks.aot import sass
 from benchmarks.aot.launches import Thunk, innermost_body, launches_of, parse_thunks
-
-_DESCRIPTION = pathlib.Path(__file__).with_name("h200.txtpb")
+from benchmarks.aot.targets import H200, Target
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,9 +53,10 @@ class Kernel:
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """A program compiled for the H200: its kernels, and its launches in order.
+    """A compiled program: its kernels, and its launches in order.
 
-    `hlo` is XLA's optimized program without the code of Mosaic's kernels in it; `outputs` are its results, flattened.
+    `hlo` is XLA's optimized program without the code of Mosaic's kernels in it; `outputs` are its results, flattened;
+    `temporary_bytes` is the memory that it takes beside arguments and results.
     """
 
     name: str
@@ -64,6 +64,7 @@ class Compiled:
     thunks: tuple[Thunk, ...]
     hlo: str
     outputs: tuple[jax.ShapeDtypeStruct, ...]
+    temporary_bytes: int
 
     @property
     def mosaic_kernels(self) -> tuple[Kernel, ...]:
@@ -92,16 +93,17 @@ def unavailable() -> str | None:
         missing.append("ptxas (CUDA 13, or the wheel nvidia-cuda-nvcc)")
     if not sass.tool("nvdisasm"):
         missing.append("nvdisasm (the wheel nvidia-cuda-nvdisasm)")
-    return f"compiling for an H200 needs {'; '.join(missing)}" if missing else None
+    return f"compiling for a GPU needs {'; '.join(missing)}" if missing else None
 
 
-def compile(fn: Callable, *shapes: Any, name: str = "program") -> Compiled:
-    """Compiles `fn` for an H200.
+def compile(fn: Callable, *shapes: Any, name: str = "program", target: Target = H200) -> Compiled:
+    """Compiles `fn` for a device; our kernels for Hopper alone, elsewhere they end the process.
 
     Args:
         fn: a function of arrays, jitted or not.
         shapes: pytrees of jax.ShapeDtypeStruct or arrays, one for each argument; arrays lend only shape and dtype.
         name: of the program; other characters than letters and digits become '_'.
+        target: the device.
 
     Raises:
         RuntimeError: something is missing here (`unavailable`), or the compiler's output has an unknown form.
@@ -114,25 +116,27 @@ def compile(fn: Callable, *shapes: Any, name: str = "program") -> Compiled:
         return fn(*arguments)
 
     program.__name__ = name
-    everywhere = NamedSharding(topologies.make_mesh(_topology(), (1,), ("x",)), PartitionSpec())
+    everywhere = NamedSharding(topologies.make_mesh(_topology(target), (1,), ("x",)), PartitionSpec())
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), shapes)
     with tempfile.TemporaryDirectory(prefix="vq4dit-aot-") as folder:
-        with _dumping(folder), use_abstract_mesh(_abstract_mesh()):
+        with _dumping(folder), use_abstract_mesh(_abstract_mesh(target)):
             lowered = jax.jit(program, keep_unused=True).lower(*shapes)
             _make_kernels_unknown(lowered.compiler_ir("stablehlo"))
-            lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_emitter_re": "ptx"})
+            compiled = lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_emitter_re": "ptx"})
         outputs = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(lowered.out_info)]
-        return _collect(name, pathlib.Path(folder), tuple(outputs))
+        temporary = compiled.memory_analysis().temp_size_in_bytes
+        return _collect(name, pathlib.Path(folder), tuple(outputs), temporary)
 
 
 @functools.cache
-def _topology() -> topologies.TopologyDescription:
-    return topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=_DESCRIPTION.read_text())
+def _topology(target: Target) -> topologies.TopologyDescription:
+    return topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=target.description)
 
 
-def _abstract_mesh() -> AbstractMesh:
+def _abstract_mesh(target: Target) -> AbstractMesh:
     """Describes the device to the lowering rules: Mosaic needs the number of cores."""
-    device = AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
+    facts = target.facts
+    device = AbstractDevice(device_kind=facts.name, num_cores=facts.multiprocessors, platform="gpu")
     return AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device)
 
 
@@ -187,7 +191,7 @@ def _make_kernels_unknown(module: ir.Module) -> None:
     module.operation.walk(visit)
 
 
-def _collect(name: str, folder: pathlib.Path, outputs: tuple[jax.ShapeDtypeStruct, ...]) -> Compiled:
+def _collect(name: str, folder: pathlib.Path, outputs: tuple[jax.ShapeDtypeStruct, ...], temporary: int) -> Compiled:
     def dump(ending: str) -> str:
         (path,) = folder.glob(f"module_*{ending}")
         return path.read_text()
@@ -211,7 +215,7 @@ def _collect(name: str, folder: pathlib.Path, outputs: tuple[jax.ShapeDtypeStruc
     names = {hash: kernel.name for hash, kernel in zip(hashes, mosaic)}
     kernels = {instruction: names[hash] for instruction, hash in calls.items() if hash in names}
     thunks = parse_thunks(dump("thunk_sequence.txt"), metadata, kernels)
-    return Compiled(name, (*mosaic, *xla), thunks, hlo, outputs)
+    return Compiled(name, (*mosaic, *xla), thunks, hlo, outputs, temporary)
 
 
 def _passes_log(ptx: pathlib.Path) -> pathlib.Path:

@@ -10,8 +10,6 @@ import shutil
 import subprocess
 import tempfile
 
-ARCH = "sm_90a"
-
 # Names of Hopper's tensor-core instructions in SASS: 16-bit floats, 8-bit integers, 8-bit floats.
 MMA_OPCODES = ("HGMMA", "IGMMA", "QGMMA")
 
@@ -79,11 +77,12 @@ def version(name: str) -> str | None:
 
 
 def assemble(ptx: str) -> dict[str, Assembly]:
-    """ptxas and nvdisasm on a module. Its kernels by name; RuntimeError with ptxas's words where it refuses."""
+    """ptxas and nvdisasm on a module, for the device that it names. Its kernels by name; RuntimeError with ptxas's words."""
+    architecture = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)[1]
     with tempfile.TemporaryDirectory(prefix="vq4dit-sass-") as folder:
         source, cubin = os.path.join(folder, "module.ptx"), os.path.join(folder, "module.cubin")
         pathlib.Path(source).write_text(ptx)
-        log = _run([tool("ptxas"), f"-arch={ARCH}", "-O3", "-v", source, "-o", cubin])
+        log = _run([tool("ptxas"), f"-arch={architecture}", "-O3", "-v", source, "-o", cubin])
         code = _run([tool("nvdisasm"), "-c", cubin])
     return {name: Assembly(**facts, **_code(code, name)) for name, facts in _resources(log).items()}
 

@@ -36,8 +36,8 @@ def explain_kernels(
     for i, run in enumerate(runs):
         if len(runs) > 1:
             lines.append(f"blocks of run {i}")
-        choices = _prepared(model, batch, run, facts) if isinstance(run, PreparedBlocks) else _plain(model, run, facts)
-        lines += [f"  {name:20} {choice.implementation:7} {choice.reason}" for name, choice in choices.items()]
+        found = choices(model, batch, run, facts) if isinstance(run, PreparedBlocks) else _plain(model, run, facts)
+        lines += [f"  {name:20} {choice.implementation:7} {choice.reason}" for name, choice in found.items()]
     text = "\n".join(lines)
     print(text)
     return text
@@ -64,7 +64,8 @@ def _blocks(model: DiT, bits: float | int, activations: str | None) -> PreparedB
     )
 
 
-def _prepared(model: DiT, batch: int, run: PreparedBlocks, facts: selector.Facts) -> dict[str, Choice]:
+def choices(model: DiT, batch: int, run: PreparedBlocks, facts: selector.Facts) -> dict[str, Choice]:
+    """What runs each operation of prepared blocks, or of their shapes, on a device."""
     tokens, width = model.grid**2, model.hidden_size
     rows = batch * tokens
 
@@ -72,7 +73,7 @@ def _prepared(model: DiT, batch: int, run: PreparedBlocks, facts: selector.Facts
         size = 2 if linear.result_scale is None else 1
         return selector.product(facts, linear.weights, rows, result_bytes=size, image_tokens=tokens if gate else 0)
 
-    choices = (
+    found = (
         product(run.modulation, batch),
         selector.norm(facts, width, tokens, jnp.dtype(jnp.bfloat16)),
         product(run.qkv),
@@ -81,7 +82,7 @@ def _prepared(model: DiT, batch: int, run: PreparedBlocks, facts: selector.Facts
         product(run.fc1),
         product(run.fc2, gate=True),
     )
-    return dict(zip(_ROWS, choices, strict=True))
+    return dict(zip(_ROWS, found, strict=True))
 
 
 def _plain(model: DiT, run: Any, facts: selector.Facts) -> dict[str, Choice]:
