@@ -25,7 +25,8 @@ SWITCHES: dict[str, Any] = dict(layerwise=False, allocation="given", gains=False
     allocation   of the bits, with layerwise: "given" as quantized, "layers" or "roles" (`Allocate`)
     budget       of the allocation
     gains        with layerwise: restore every layer's scale and mean, and after the steps the images' contrast (`FitContrast`)
-    variance     after the steps, let the learned variance make up for the error of the mean (`FitVariance`)
+    variance     after the steps, let the learned variance make up for the error of the mean (`FitVariance`), where the steps
+                 tune leaves for what the sampler keeps of an error: with `tuned`, and lambda_s > 0
 """
 
 LAYERWISE: dict[str, Any] = dict(
@@ -134,6 +135,7 @@ def passes(settings: Mapping[str, Any] | None = None, **more: Any) -> tuple[Pass
     out.append(tune)
     if s["gains"]:
         out.append(FitContrast(**sampler))
-    if s["variance"]:
+    # Version 0.1.0 had no such key, and fitted the variance under these conditions: its configs keep their meaning.
+    if s["variance"] and s["tuned"] and s["lambda_s"] > 0:
         out.append(FitVariance(tune.batch, **sampler))
     return tuple(out)
