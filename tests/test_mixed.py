@@ -9,12 +9,15 @@ import pytest
 from models import tiny
 
 import vq4dit_jax as vq
+from vq4dit_jax.diffusion import trajectory
 from vq4dit_jax.errors import InputError
-from vq4dit_jax.methods import passes, viditq
+from vq4dit_jax.methods import passes, sensitivity, viditq
 from vq4dit_jax.methods.kmeans import KMeans
 from vq4dit_jax.methods.mixed import Mix
+from vq4dit_jax.networks.network import random_problem
 from vq4dit_jax.networks.rules import dit_rules
-from vq4dit_jax.qarray.tree import matrices, sizes
+from vq4dit_jax.qarray.spec import IntSpec
+from vq4dit_jax.qarray.tree import flatten, matrices, replace, sizes
 
 BITS = (2, 4, 8)
 FEW = (3, 8)
@@ -65,6 +68,33 @@ def mixed():
     budget = sizes(rounded).bits_per_quantized_weight
     found, (report,) = passes.apply((Mix(budget, FEW, images=2),), run, rounded)
     return model, teacher, rounded, found, report
+
+
+def test_the_error_of_the_prediction_is_that_of_a_teacher_with_one_decoded_matrix():
+    """Against the definition: every step's prediction of a dense network, of which one block's weights are the decoded ones."""
+    model, teacher = tiny()
+    network, (path, block) = model.network(), ("blocks/mlp/fc1/kernel", 1)
+    packed = vq.quantize(teacher, rules=dit_rules(lambda role: IntSpec(3)), key=jax.random.key(0))
+    how = dict(images=2, cfg_scale=1.5)
+    found, together = sensitivity.one_at_a_time(
+        network, teacher, packed, [(path, block)], key=jax.random.key(3), error="prediction", **how
+    )
+    decoded = np.array(flatten(teacher)[path])
+    decoded[block] = np.asarray(flatten(packed)[path].decode())[block].T
+    problem = random_problem(network, teacher, jax.random.key(3), **how)
+    _, steps = trajectory.observed(network, teacher, problem, num_steps=10, scale=1.5, observe=_keep)
+    wanted = {}
+    for name, student in {"one": replace(teacher, {path: decoded}), "all": vq.dequantize(packed)}.items():
+        run = jax.jit(lambda x, t, cond, student=student: network.run(student, x, t, cond)[0])
+        predict = lambda out: np.asarray(network.prediction(out, 1.5), np.float64)
+        each = [jax.tree.map(lambda a, i=i: a[i], steps) for i in range(10)]
+        wanted[name] = sum(np.square(predict(run(x, t, cond)) - predict(out)).mean() for x, t, cond, out in each)
+    assert found[path, block] == pytest.approx(wanted["one"], rel=1e-3)
+    assert together == pytest.approx(wanted["all"], rel=1e-3) and together > found[path, block]
+
+
+def _keep(evaluation: trajectory.Evaluation, given) -> tuple:
+    return evaluation.x, evaluation.t, evaluation.cond, evaluation.output
 
 
 def test_a_mixed_model_keeps_its_budget_and_is_what_the_report_says(mixed):

@@ -19,6 +19,7 @@ from evaluation_cases import images, linear_classifier, needs_tfgan
 from models import tiny
 from safetensors.numpy import save_file
 
+import vq4dit_jax as vq
 from benchmarks import record
 from benchmarks.quality import __main__ as command
 from benchmarks.quality import chart, figures, rows, stages, table, worth
@@ -262,6 +263,42 @@ def test_figures_kept_before_one_existed_are_made_anew_where_the_images_are(conf
     assert cells[head.index("MD ↓ pooled")](result["rows"][1]) == "—"
     older = [{**row, "mean": {k: v for k, v in row["mean"].items() if k != "mind"}} for row in result["rows"]]
     assert "MD ↓" in table.markdown(result) and "MD ↓" not in table.markdown({**result, "rows": older})
+
+
+def test_a_row_with_8_bit_activations_is_sampled_and_timed_in_its_prepared_form(config, tmp_path, monkeypatch):
+    bare = {
+        f"viditq.{part}": off
+        for part, off in (("balance", False), ("centre", False), ("rotation", 0), ("solve", False))
+    }
+    other = tmp_path / "table.py"
+    text = config.read_text()
+    row = f'Row("w8a8", "W8A8", "viditq", 8, config="configs/cifar10_w8a8.py", overrides={bare}),'
+    other.write_text(text[: text.index('        Row("rtn"')] + f"        {row}\n    ))\n")
+    monkeypatch.setattr(command, "run_child", _in_this_process)
+    arguments = _arguments(other, tmp_path / "work", "--seeds=1", "--stages=quantize,sample,time")
+    assert command.main(arguments) == 0
+    base = rows.load_table(str(other)).base
+    model, teacher = pipeline.load_teacher(base.model, jax.random.key(0))
+    key = jax.random.fold_in(jax.random.key(base.seed), seeds.SAMPLES)
+    ranges = vq.activation_ranges(
+        model, teacher, key=jax.random.key(0), weights="int8", cfg_scale=base.sample.cfg_scale
+    )
+    prepared = vq.prepare_for_inference(teacher, "int8", weights="int8", ranges=ranges)
+    generation.generate(
+        generation.Plan(8, 2, "balanced", "ddpm", 2, 1.5), model, prepared, key, tmp_path / "own.npz", None
+    )
+    own = np.load(tmp_path / "own.npz")["arr_0"]
+    # Scales of the quantized model are float16, those of `weights="int8"` float32.
+    assert np.abs(_images(tmp_path / "work", "w8a8", 0).astype(int) - own).max() <= 3
+    result = _read(tmp_path / "work" / "table.json")
+    found = {row["name"]: row["mean"] for row in result["rows"]}
+    kept = _read(tmp_path / "work" / "w8a8" / "0" / "samples" / "speed.json")
+    taken = kept["milliseconds"]
+    assert found["w8a8"]["step_ms"] == taken["this"] > 0 and kept["images"] == 2
+    assert found["w8a8"]["speed"] == taken["full_precision"] / taken["this"]
+    assert f"| {taken['this']:.0f} | {found['w8a8']['speed']:.2f} |" in table.markdown(result)
+    untimed = {**result, "rows": [{**row, "mean": {}} for row in result["rows"]]}
+    assert "Step, ms" in table.markdown(result) and "Step, ms" not in table.markdown(untimed)
 
 
 def test_stopped_between_steps_it_ends_with_the_same_model(config, finished, tmp_path, monkeypatch):

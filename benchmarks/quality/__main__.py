@@ -1,7 +1,7 @@
 """A table of methods on one model, on the same evaluation: JSON, markdown and a plot of Frechet distance against bits.
 
     python -m benchmarks.quality --config=benchmarks/quality/cifar10.py --seeds=3 --workdir=DIR [--rows=REGEX]
-        [--output=benchmarks/results/quality_cifar10] [--stages=quantize,sample] [--report-only]
+        [--output=benchmarks/results/quality_cifar10] [--stages=quantize,sample,time] [--report-only]
 
 Every row at every seed is a process of its own (models: one device with all threads, as a user has it; samples: on a CPU
 a device for each core) and has a folder, DIR/ROW/SEED. Killed anywhere, the same command goes on where it was. A folder
@@ -49,7 +49,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--workdir", required=True, type=pathlib.Path, metavar="DIR", help="where models and samples go")
     add("--seeds", type=int, default=3, metavar="N", help="seeds of every row, which share its images (default: 3)")
     add("--rows", default="", metavar="REGEX", help="work on the rows whose whole names it matches (default: all)")
-    add("--stages", default=",".join(stages.STAGES), help="work on these (default: %(default)s)")
+    stages_help = "work on these: quantize, sample; time: milliseconds of a step (default: %(default)s)"
+    add("--stages", default=",".join(stages.NEEDED), help=stages_help)
     add(
         "--output",
         type=pathlib.Path,

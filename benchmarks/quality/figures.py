@@ -124,13 +124,13 @@ def _lacks(case: Case) -> str | None:
     for folder, definition in ((case.model, case.made_from), (case.samples, case.sampled_from)):
         if differing := stages.claim(folder, definition).differing():
             return f"{folder} was made from something else: {identity.spell(differing[:1])}"
-    return next((f"{stage} is not done" for stage in stages.STAGES if not stages.is_done(case, stage)), None)
+    return next((f"{stage} is not done" for stage in stages.NEEDED if not stages.is_done(case, stage)), None)
 
 
 def _row(row: Row, every: list[Case], originals: list[Case] | None, evaluate: Evaluator) -> dict[str, Any]:
     found = [_seed(case, originals and originals[case.seed], evaluate) for case in every]
     numeric = [name for name, value in found[0].items() if name in QUALITY or isinstance(value, float)]
-    values = {name: [seed[name] for seed in found if seed[name] is not None] for name in numeric}
+    values = {name: [seed[name] for seed in found if seed.get(name) is not None] for name in numeric}
     pooled = evaluate.of_all(every)
     return {
         "name": row.name,
@@ -162,12 +162,21 @@ def _seed(case: Case, originals: Case | None, evaluate: Evaluator) -> dict[str, 
         **{name: quality.get(name) for name in QUALITY},
         **model["held_out"],
         **{f"{name}_s": float(value) for name, value in model["seconds"].items()},
+        **_speed(case),
         "peak_gb": model["peak_bytes"] and model["peak_bytes"] / 1e9,
         "commit": made["commit"],
         "date": made["date"],
         "devices": {"model": made["devices"], "samples": sampled["devices"]},
         "remark": made.get("remark"),
     }
+
+
+def _speed(case: Case) -> dict[str, float]:
+    """Milliseconds of a step, and its speed as a multiple of full precision's, where they were taken."""
+    if not case.speed.exists():
+        return {}
+    found = _read(case.speed)["milliseconds"]
+    return {"step_ms": found["this"], "speed": found["full_precision"] / found["this"]}
 
 
 def kept_checksum(case: Case) -> str:

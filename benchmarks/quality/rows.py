@@ -29,8 +29,8 @@ class Row:
       method: one of `methods.METHODS`.
       bits: nominal, a weight.
       group: inputs that share a scale, of methods with scales; None for one scale a row.
-      config: the config file whose `quantize`, `calibration` and `viditq` sections are used, the steps and the batch excepted; ""
-        for the table's own.
+      config: the config file whose `quantize`, `calibration` and `viditq` sections and `sample.activations` are used, the steps
+        and the batch excepted; "" for the table's own.
       overrides: "section.key" -> value, applied last.
     """
 
@@ -104,13 +104,18 @@ class Case:
         return self.samples / "images.npz"
 
     @property
+    def speed(self) -> pathlib.Path:
+        """The times of a forward, where they were taken."""
+        return self.samples / "speed.json"
+
+    @property
     def first_images(self) -> pathlib.Path:
         """The first of full precision's images, which the other rows' are compared with (`stages.COMPARED`)."""
         return self.samples / "first.npz"
 
     @functools.cached_property
     def config(self) -> ConfigDict:
-        """The run's config; its samples and evaluation are not used, and are the defaults."""
+        """The run's config; of its samples the activations are used alone, and its evaluation is not."""
         base, row = self.table.base, self.row
         theirs = base
         if row.config:
@@ -120,12 +125,16 @@ class Case:
         for section, source in (("model", base), ("quantize", theirs), ("calibration", theirs), ("viditq", theirs)):
             out[section].update(copy.deepcopy(source[section]))
         out.calibration.steps, out.calibration.batch = base.calibration.steps, base.calibration.batch
+        out.sample.activations = theirs.sample.activations
         if row.bits in BITS:
             out.quantize.bits = float(row.bits)
         for key, value in row.overrides.items():
             section, _, name = key.partition(".")
-            if section not in ("quantize", "calibration", "viditq") or name not in out[section]:
-                raise InputError(f"row {row.name}: overrides: {key} is no key of quantize, calibration or viditq")
+            own = section in ("quantize", "calibration", "viditq") and name in out[section]
+            if not own and key != "sample.activations":
+                raise InputError(
+                    f"row {row.name}: overrides: {key} is no key of quantize, calibration or viditq, and not sample.activations"
+                )
             out[section][name] = value
         configs.validate(out)
         return out.lock()
@@ -158,7 +167,11 @@ class Case:
         keys = ("batch", "labels", "sampler", "steps", "cfg_scale")
         own = {"stream": base["seed"], "first_image": self.seed * self.num_images, "num_images": self.num_images}
         decoder = {"vae": base["model"]["vae"]}
-        return {"model": self.made_from, "sample": {**own, **{key: base["sample"][key] for key in keys}, **decoder}}
+        how = {"activations": self.config.sample.activations}
+        return {
+            "model": self.made_from,
+            "sample": {**own, **{key: base["sample"][key] for key in keys}, **how, **decoder},
+        }
 
     @property
     def num_images(self) -> int:
@@ -172,9 +185,10 @@ def filled(definition: dict[str, Any]) -> dict[str, Any]:
     They have their defaults, which describe the earlier behaviour. `calibration.variance` alone has another one: in 0.1.0 the
     variance was fitted where the steps trained the last layer on what an error leaves in the image.
     """
-    if "sample" in definition:
-        return {**definition, "model": filled(definition["model"])}
     defaults = configs.as_json(configs.default())
+    if "sample" in definition:
+        activations = defaults["sample"]["activations"]
+        return {"model": filled(definition["model"]), "sample": {"activations": activations, **definition["sample"]}}
     if "calibration" in definition:
         theirs = {**defaults["calibration"], **definition["calibration"]}
         trained = re.fullmatch(theirs["tuned"], "final_layer/linear/kernel") is not None

@@ -15,9 +15,12 @@ import numpy as np
 from benchmarks import record
 from benchmarks.quality.methods import METHODS
 from benchmarks.quality.rows import Case, filled
+from benchmarks.quality.speed import step_milliseconds
 from vq4dit_jax import files, npz
 from vq4dit_jax.errors import InputError
 from vq4dit_jax.methods.agreement import held_out_agreement
+from vq4dit_jax.networks.dit import DiT
+from vq4dit_jax.networks.inference import for_sampling
 from vq4dit_jax.qarray.base import is_quantized
 from vq4dit_jax.qarray.parts import is_parts, parts_of
 from vq4dit_jax.qarray.tree import Sizes, dequantize
@@ -70,7 +73,7 @@ def quantize(case: Case) -> None:
 
 
 def sample(case: Case) -> None:
-    """Writes the case's images, from dense float32 weights, which all methods have; on a CPU they are as fast as packed ones."""
+    """Writes the case's images, by the model in the form of `sampled`."""
     with _lock(case):
         claim(case.samples, case.sampled_from).check()
         if is_done(case, "sample"):
@@ -87,13 +90,13 @@ def sample(case: Case) -> None:
 
 
 def _generate(case: Case) -> None:
-    model, params, _ = checkpoint.load_quantized(case.model / "packed")
+    model, params = sampled(case)
     c = case.table.base.sample
     first = case.seed * case.num_images
     generation.generate(
         Share(case.num_images, c.batch, c.labels, c.sampler, c.steps, c.cfg_scale, first=first),
         model,
-        dense(params),
+        params,
         case.key(SAMPLES),
         case.images,
         sources.open_decoder(sources.locate(case.table.base.model.vae), model.in_channels)[0],
@@ -101,11 +104,39 @@ def _generate(case: Case) -> None:
     )
 
 
-STAGES = {"quantize": quantize, "sample": sample}
+def sampled(case: Case) -> tuple[DiT, Any]:
+    """The case's model, and its parameters as its config has `sample.activations`: float32 for dense weights in float32,
+    which all methods have (on a CPU they are as fast as packed ones), or the packed form with rounded activations."""
+    model, params, _ = checkpoint.load_quantized(case.model / "packed")
+    activations, c = case.config.sample.activations, case.table.base.sample
+    if activations == "float32" or case.row.method == "fp":
+        return model, dense(params)
+    return model, for_sampling(model, params, activations, c.cfg_scale)
+
+
+def time(case: Case) -> None:
+    """Writes `speed.json`: milliseconds of a step of `c.batch` images, and full precision's in the same minute."""
+    with _lock(case):
+        if not (case.model / "packed").exists():
+            raise InputError(f"{case.model}: there is no model to time; remove that folder to make it anew")
+        model, params = sampled(case)
+        _, teacher = Pipeline(case.config, Workdir(case.model / "run"), "python -m benchmarks.quality").teacher
+        c = case.table.base.sample
+        forms = {"this": params, "full_precision": dense(teacher)}
+        found = step_milliseconds(model, forms, images=c.batch, cfg_scale=c.cfg_scale)
+        about = {"images": c.batch, "devices": record.devices(), "commit": record.commit()}
+        files.write_json(case.speed, {"milliseconds": found, **about})
+
+
+STAGES = {"quantize": quantize, "sample": sample, "time": time}
+NEEDED = ("quantize", "sample")
+"""What a row of the table needs."""
 
 
 def is_done(case: Case, stage: str) -> bool:
     """Figures are kept longer than models that were sampled and images that were evaluated."""
+    if stage == "time":
+        return case.speed.exists()
     if stage == "quantize":
         return (case.model / "figures.json").exists() and ((case.model / "packed").exists() or is_done(case, "sample"))
     sampled = case.images.exists() or (case.samples / "figures.json").exists()

@@ -41,13 +41,12 @@ def markdown(result: dict[str, Any]) -> str:
         "## Size and cost",
         "",
     ]
-    head = ["Method", "Nominal bits", "Bits (W)", "Bits of all parameters", "MB", "L_d ↓ seeds", "Quantize, s", "Calibrate, s",
-            "Peak memory, GB", "On"]  # fmt: skip
-    lines += _table(head, [_cost(row) for row in rows])
+    head, cells = zip(*_cost(rows), strict=True)
+    lines += _table([*head], [[cell(row) for cell in cells] for row in rows])
     lines += [
         "",
         "MB: packed, with all that is kept in 16 or 32 bits. Seconds and memory: means over seeds. Seconds compare only "
-        "between rows of the same machine.",
+        "between rows of the same machine." + (f" {_STEP.format(c['sample']['batch'])}" if "Step, ms" in head else ""),
     ]
     lines += [part for remark in _remarks(rows) for part in ("", f"{remark}.")]
     if features := next((row["pooled"]["features"] for row in rows), None):
@@ -206,17 +205,29 @@ def _quality(rows: list[dict[str, Any]]) -> list[tuple[str, Callable[[dict[str, 
     return [(head, cell) for head, name, cell in columns if name not in _YOUNG or name in young]
 
 
-def _cost(row: dict[str, Any]) -> list[str]:
-    size, mean = row["size"], row["mean"]
-    return [
-        row["label"],
-        f"{row['bits']:g}",
-        fixed(size["bits_per_quantized_weight"], 3),
-        fixed(size["bits_per_parameter"], 3),
-        fixed(size["bytes"] / 1e6, 3),
-        _spread(row, "l_d", 3),
-        fixed(mean.get("quantize_s"), 1),
-        fixed(mean.get("calibrate_s"), 0),
-        fixed(mean.get("peak_gb"), 2),
-        " and ".join(sorted({seed["devices"]["model"] for seed in row["seeds"]})),
+_STEP = (
+    "Step: a guided forward of {} images on the CPU, in the form that made the row's images; speed: full precision's time in "
+    "the same run over it."
+)
+
+
+def _cost(rows: list[dict[str, Any]]) -> list[tuple[str, Callable[[dict[str, Any]], str]]]:
+    """(head, cell of a row) of each column; the times of a step have one where a row has them."""
+    of_size = lambda name, digits, unit=1: lambda row: fixed(row["size"][name] / unit, digits)
+    mean = lambda name, digits: lambda row: fixed(row["mean"].get(name), digits)
+    timed = any("speed" in row["mean"] for row in rows)
+    columns = [
+        ("Method", lambda row: row["label"]),
+        ("Nominal bits", lambda row: f"{row['bits']:g}"),
+        ("Bits (W)", of_size("bits_per_quantized_weight", 3)),
+        ("Bits of all parameters", of_size("bits_per_parameter", 3)),
+        ("MB", of_size("bytes", 3, 1e6)),
+        ("L_d ↓ seeds", lambda row: _spread(row, "l_d", 3)),
+        ("Quantize, s", mean("quantize_s", 1)),
+        ("Calibrate, s", mean("calibrate_s", 0)),
+        ("Peak memory, GB", mean("peak_gb", 2)),
+        ("Step, ms", mean("step_ms", 0)),
+        ("Speed", mean("speed", 2)),
+        ("On", lambda row: " and ".join(sorted({seed["devices"]["model"] for seed in row["seeds"]}))),
     ]
+    return [column for column in columns if timed or column[0] not in ("Step, ms", "Speed")]

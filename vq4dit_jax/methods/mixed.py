@@ -2,10 +2,10 @@
 
     minimise  sum_l s_l(b_l)      subject to  sum_l bits(b_l) <= budget
 
-s_l(b) is what layer l alone, with b bits, does to the sampler's step (`sensitivity`); it is measured for every layer and every
-b with weights that are solved, so that a layer is judged by what would be stored. bits count codes, scales, centres and
-padding. Errors are assumed to add up; the minimum is exact (`knapsack`). The paper spends a budget greedily, by the group of
-a layer; its code for that is not released. Weights have one copy for all time steps.
+s_l(b) is what layer l alone, with b bits, does to the sampler's step or to the prediction (`sensitivity`); it is measured for
+every layer and every b with weights that are solved, so that a layer is judged by what would be stored. bits count codes,
+scales, centres and padding. Errors are assumed to add up; the minimum is exact (`knapsack`). The paper spends a budget
+greedily, by the group of a layer; its code for that is not released. Weights have one copy for all time steps.
 """
 
 import dataclasses
@@ -37,12 +37,14 @@ class Mix:
       budget: bits a weight over all of these, everything counted.
       bits: what there is to choose from; 8 bits have a scale for each row, fewer the groups of the model that it is given.
       by: "layers", or "roles": the blocks of a role have the same bits, so that they stay one stack.
+      error: what s_l is an error of, one of `sensitivity.ERRORS`.
       images, cfg_scale: of the trajectories.
     """
 
     budget: float
     bits: tuple[int, ...] = (2, 3, 4, 8)
     by: str = "layers"
+    error: str = "step"
     images: int = 16
     cfg_scale: float = 1.5
     name: ClassVar[str] = "mix"
@@ -50,6 +52,8 @@ class Mix:
     def __post_init__(self) -> None:
         if self.by not in BY:
             raise InputError(f"mix.by={self.by!r}: wanted one of {', '.join(BY)}")
+        if self.error not in sensitivity.ERRORS:
+            raise InputError(f"mix.error={self.error!r}: wanted one of {', '.join(sensitivity.ERRORS)}")
         if not self.bits or any(b not in range(2, 9) for b in self.bits):
             raise InputError(f"mix.bits={self.bits}: wanted whole numbers from 2 to 8")
 
@@ -61,7 +65,7 @@ class Mix:
             for bits in self.bits:
                 tree = _with_bits(run.teacher, params, bits, pass_key(key, f"{bits} bits"))
                 tree = solve(run.teacher, tree, moments, lambda: bar.update(1), shift=True)
-                how = dict(key=pass_key(key, "trajectory"), cfg_scale=self.cfg_scale)
+                how = dict(key=pass_key(key, "trajectory"), cfg_scale=self.cfg_scale, error=self.error)
                 errors[bits], _ = sensitivity.one_at_a_time(run.network, run.teacher, tree, wanted, **how)
                 made[bits] = {(path, block): leaf for path, block, leaf in matrices(tree)}
                 costs[bits] = {one: _stored_bits(made[bits][one]) for one in wanted}

@@ -1,6 +1,6 @@
-"""What each quantized matrix alone does to the sampler's step: the error of a teacher that has that matrix in its place.
+"""What each quantized matrix alone does: the error of a teacher that has that matrix in its place.
 
-s_l = sum over the steps of a trajectory of L_s + L_c (`losses.step_distance`) of the teacher with layer l quantized
+s_l = sum over the steps of a trajectory of an error (`ERRORS`) of the teacher with layer l quantized
 """
 
 import dataclasses
@@ -46,18 +46,36 @@ class _Either(Kernel):
         return jax.lax.cond(self.use, self.quantized.matmul, dense, x)
 
 
-def _step_errors(network: Network, cfg_scale: float, student: Any, evaluations: trajectory.Evaluation) -> jax.Array:
-    """L_s + L_c of a student, summed over a stack of evaluations."""
+def _of_step(network: Network, sched: Any, evaluation: trajectory.Evaluation, output: Any, scale: float) -> jax.Array:
+    return sum(losses.step_distance(network, sched, evaluation, output, scale))
+
+
+def _of_prediction(network: Network, sched: Any, evaluation: trajectory.Evaluation, output: Any, scale: float) -> Any:
+    prediction = lambda out: network.prediction(out, scale)
+    return jnp.square(prediction(output) - prediction(evaluation.output)).mean()
+
+
+ERRORS = {"step": _of_step, "prediction": _of_prediction}
+"""
+    step        L_s + L_c, what the sampler's next step leaves of the error in the image (`losses.step_distance`)
+    prediction  the mean squared error of the guided prediction, which ViDiT-Q calls MSE
+"""
+
+
+def _errors(
+    network: Network, cfg_scale: float, error: str, student: Any, evaluations: trajectory.Evaluation
+) -> Float[Array, ""]:
+    """An error of a student, summed over a stack of evaluations."""
     sched = network.process.schedule(_STEPS)
 
     def one(total: jax.Array, evaluation: trajectory.Evaluation) -> tuple[jax.Array, None]:
         output, _ = network.run(student, evaluation.x, evaluation.t, evaluation.cond)
-        return total + sum(losses.step_distance(network, sched, evaluation, output, cfg_scale)), None
+        return total + ERRORS[error](network, sched, evaluation, output, cfg_scale), None
 
     return jax.lax.scan(one, jnp.float32(0.0), evaluations)[0]
 
 
-_measure = jax.jit(_step_errors, static_argnames=("network", "cfg_scale"))
+_measure = jax.jit(_errors, static_argnames=("network", "cfg_scale", "error"))
 
 
 def one_at_a_time(
@@ -69,8 +87,10 @@ def one_at_a_time(
     key: jax.Array,
     cfg_scale: float,
     images: int = IMAGES,
+    error: str = "step",
 ) -> tuple[dict[Matrix, float], float]:
-    """(error of each wanted matrix alone, error of all quantized matrices together), on a trajectory of the teacher.
+    """(error of each wanted matrix alone, error of all quantized matrices together), on a trajectory of the teacher; `error`:
+    one of `ERRORS`.
 
     A student is the teacher with one matrix of `packed` in its place. All of them are one program: which one is an argument.
     """
@@ -82,7 +102,7 @@ def one_at_a_time(
     def total(use: dict[str, Any]) -> float:
         """Of the student whose matrices are quantized where `use[path]`, bool (*stack), is set."""
         either = {path: _Either(kernels[path], leaves[path], use[path]) for path in stack}
-        return float(_measure(network, cfg_scale, replace(teacher, either), evaluations))
+        return float(_measure(network, cfg_scale, error, replace(teacher, either), evaluations))
 
     def alone(matrix: Matrix) -> float:
         path, block = matrix

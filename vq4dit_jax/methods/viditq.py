@@ -37,6 +37,7 @@ SETTINGS: dict[str, Any] = dict(
     budget=0.0,
     mixed_bits=(2, 3, 4, 8),
     mixed_by="layers",
+    mixed_error="step",
 )
 """
     weights           "integers", or "codebooks" of `weight_bits` bits a weight (1, 1.5, 2, 3, 4)
@@ -53,6 +54,7 @@ SETTINGS: dict[str, Any] = dict(
     budget            bits a weight of integers, everything counted, that are spread over the layers (`Mix`); 0: all alike
     mixed_bits        with a budget: what each layer's weights may have
     mixed_by          with a budget: "layers", or "roles", whose blocks have the same bits and stay one stack
+    mixed_error       with a budget: bits are given by the error of the sampler's "step", or of the "prediction" (the paper's MSE)
 """
 
 
@@ -76,10 +78,14 @@ def check(settings: Mapping[str, Any]) -> dict[str, Any]:
     try:
         spec(s)(Role(""))
         if s["budget"]:
-            Mix(s["budget"], tuple(s["mixed_bits"]), s["mixed_by"])
+            _mix(s)
     except InputError as error:
         raise InputError(f"viditq: {error}") from None
     return s
+
+
+def _mix(s: Mapping[str, Any], **batch: Any) -> Mix:
+    return Mix(s["budget"], tuple(s["mixed_bits"]), s["mixed_by"], s["mixed_error"], **batch)
 
 
 def name(settings: Mapping[str, Any]) -> str:
@@ -121,5 +127,5 @@ def passes(settings: Mapping[str, Any], calibration: Mapping[str, Any] | None = 
         first, *more = vq4dit.passes(rest)
         return (first, *balance, *more) if isinstance(first, Allocate) else (*balance, first, *more)
     if s["budget"]:
-        return (*balance, Mix(s["budget"], tuple(s["mixed_bits"]), s["mixed_by"], **batch))
+        return (*balance, _mix(s, **batch))
     return (*balance, *((SolveLayers(**batch, shift=True, alike=True),) if s["solve"] else ()))
