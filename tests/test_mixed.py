@@ -76,7 +76,7 @@ def test_the_error_of_the_prediction_is_that_of_a_teacher_with_one_decoded_matri
     network, (path, block) = model.network(), ("blocks/mlp/fc1/kernel", 1)
     packed = vq.quantize(teacher, rules=dit_rules(lambda role: IntSpec(3)), key=jax.random.key(0))
     how = dict(images=2, cfg_scale=1.5)
-    found, together = sensitivity.one_at_a_time(
+    measured = sensitivity.one_at_a_time(
         network, teacher, packed, [(path, block)], key=jax.random.key(3), error="prediction", **how
     )
     decoded = np.array(flatten(teacher)[path])
@@ -89,8 +89,11 @@ def test_the_error_of_the_prediction_is_that_of_a_teacher_with_one_decoded_matri
         predict = lambda out: np.asarray(network.prediction(out, 1.5), np.float64)
         each = [jax.tree.map(lambda a, i=i: a[i], steps) for i in range(10)]
         wanted[name] = sum(np.square(predict(run(x, t, cond)) - predict(out)).mean() for x, t, cond, out in each)
-    assert found[path, block] == pytest.approx(wanted["one"], rel=1e-3)
-    assert together == pytest.approx(wanted["all"], rel=1e-3) and together > found[path, block]
+    one = measured.alone[path, block]
+    assert one == pytest.approx(wanted["one"], rel=1e-3)
+    assert measured.by_step[path, block].sum() == pytest.approx(one, rel=1e-5) and len(measured.by_step) == 1
+    assert measured.together == pytest.approx(wanted["all"], rel=1e-3) and measured.together > one
+    assert measured.done[0] == 0 and (np.diff(measured.done) > 0).all() and measured.done[-1] < 1
 
 
 def _keep(evaluation: trajectory.Evaluation, given) -> tuple:

@@ -277,26 +277,20 @@ def test_a_row_with_8_bit_activations_is_sampled_and_timed_in_its_prepared_form(
     monkeypatch.setattr(command, "run_child", _in_this_process)
     arguments = _arguments(other, tmp_path / "work", "--seeds=1", "--stages=quantize,sample,time")
     assert command.main(arguments) == 0
-    base = rows.load_table(str(other)).base
-    model, teacher = pipeline.load_teacher(base.model, jax.random.key(0))
-    key = jax.random.fold_in(jax.random.key(base.seed), seeds.SAMPLES)
-    ranges = vq.activation_ranges(
-        model, teacher, key=jax.random.key(0), weights="int8", cfg_scale=base.sample.cfg_scale
-    )
-    prepared = vq.prepare_for_inference(teacher, "int8", weights="int8", ranges=ranges)
-    generation.generate(
-        generation.Plan(8, 2, "balanced", "ddpm", 2, 1.5), model, prepared, key, tmp_path / "own.npz", None
-    )
-    own = np.load(tmp_path / "own.npz")["arr_0"]
-    # Scales of the quantized model are float16, those of `weights="int8"` float32.
-    assert np.abs(_images(tmp_path / "work", "w8a8", 0).astype(int) - own).max() <= 3
+    case = rows.cases(found := rows.load_table(str(other)), found.rows[1], 1, tmp_path / "work")[0]
+    model, packed, _ = checkpoint.load_quantized(case.model / "packed")
+    ranges = vq.activation_ranges(model, packed, key=jax.random.key(0), cfg_scale=found.base.sample.cfg_scale)
+    prepared = vq.prepare_for_inference(packed, "int8", ranges=ranges)
+    plan, key = generation.Plan(8, 2, "balanced", "ddpm", 2, 1.5), case.key(seeds.SAMPLES)
+    generation.generate(plan, model, prepared, key, tmp_path / "own.npz", lambda x: x)
+    np.testing.assert_array_equal(_images(tmp_path / "work", "w8a8", 0), np.load(tmp_path / "own.npz")["arr_0"])
     result = _read(tmp_path / "work" / "table.json")
-    found = {row["name"]: row["mean"] for row in result["rows"]}
+    means = {row["name"]: row["mean"] for row in result["rows"]}
     kept = _read(tmp_path / "work" / "w8a8" / "0" / "samples" / "speed.json")
     taken = kept["milliseconds"]
-    assert found["w8a8"]["step_ms"] == taken["this"] > 0 and kept["images"] == 2
-    assert found["w8a8"]["speed"] == taken["full_precision"] / taken["this"]
-    assert f"| {taken['this']:.0f} | {found['w8a8']['speed']:.2f} |" in table.markdown(result)
+    assert means["w8a8"]["step_ms"] == taken["this"] > 0 and kept["images"] == 2
+    assert means["w8a8"]["speed"] == taken["full_precision"] / taken["this"]
+    assert f"| {taken['this']:.0f} | {means['w8a8']['speed']:.2f} |" in table.markdown(result)
     untimed = {**result, "rows": [{**row, "mean": {}} for row in result["rows"]]}
     assert "Step, ms" in table.markdown(result) and "Step, ms" not in table.markdown(untimed)
 

@@ -6,11 +6,13 @@ import re
 import jax
 import numpy as np
 import pytest
-from models import tiny
+from models import inputs, tiny
 
 import vq4dit_jax as vq
 from vq4dit_jax.errors import InputError
-from vq4dit_jax.methods import agreement
+from vq4dit_jax.methods import agreement, passes, viditq
+from vq4dit_jax.methods.kmeans import KMeans
+from vq4dit_jax.networks.rules import dit_rules
 from vq4dit_jax.run import config as configs
 from vq4dit_jax.run import pipeline
 
@@ -86,3 +88,23 @@ def test_a_budget_that_cannot_be_met_is_refused_before_the_run(tmp_path):
     with pytest.raises(InputError, match="--config.viditq.budget=5 bits a weight: the least that 8 bits take"):
         pipeline.run(c, str(tmp_path), "python -m vq4dit_jax.main")
     assert not (tmp_path / "calibration").exists()
+
+
+def test_a_flow_network_goes_through_the_same_passes_and_runs_in_8_bits():
+    """SiT is DiT's own modules with a flow: balance, rotation and solved weights, then int8 products in its sampler."""
+    model, teacher = tiny(predicts="flow", learn_sigma=False)
+    settings = {"weight_bits": 4.0, "rotation": 16}
+    run = passes.begin(model, teacher, jax.random.key(0))
+    rounded, _ = passes.apply((KMeans(rules=dit_rules(viditq.spec(settings))),), run, teacher)
+    solved, _ = passes.apply(viditq.passes(settings, {"batch": 2}), run, rounded)
+    found = agreement.held_out_agreement(model, teacher, {"a": rounded, "b": solved}, 1.5, jax.random.key(1))
+    assert 0 < found["b"][1] < found["a"][1]
+    ready = vq.prepare_for_inference(solved, "int8")
+    how = dict(key=jax.random.key(2), num_steps=3, cfg_scale=1.5)
+    exact, mine = (np.asarray(vq.sample(model, tree, np.arange(2), **how)) for tree in (solved, ready))
+    assert np.linalg.norm(exact - mine) < 0.1 * np.linalg.norm(exact)
+    x, t, y = inputs(model)
+    text = jax.jit(model.apply).lower({"params": ready}, x, t.astype(np.float32) / 1000, y).as_text()
+    products = re.findall(r"dot_general.*: \((tensor<[^>]*>), (tensor<[^>]*>)\)", text)
+    # qkv, proj, fc1 and fc2 in the loop over blocks, and adaLN of all blocks.
+    assert sum(all(kind.endswith("xi8>") for kind in pair) for pair in products) == 5

@@ -2,8 +2,11 @@
 
 import dataclasses
 
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Shaped
+
 from vq4dit_jax.diffusion.flow import FlowSchedule, flow_schedule
-from vq4dit_jax.diffusion.schedule import Schedule, make_schedule
+from vq4dit_jax.diffusion.schedule import TRAIN_STEPS, Schedule, make_schedule
 from vq4dit_jax.errors import InputError
 
 PREDICTIONS = ("eps", "v", "flow")
@@ -40,6 +43,13 @@ class Process:
     def sampler(self) -> str:
         """The sampler that calibration follows, and that is taken where none is named."""
         return "euler" if self.is_flow else "ddpm"
+
+    def done(self, t: Shaped[Array, "*batch"]) -> Float[Array, "*batch"]:
+        """How much of the way from noise to data lies behind the network's time t: 0 at the first step, below or at 1."""
+        t = jnp.asarray(t).astype(jnp.float32)
+        if self.is_flow:
+            return t if self.data_time == 1 else 1 - t
+        return 1 - (t + 1) / TRAIN_STEPS
 
     def schedule(self, num_steps: int) -> Schedule | FlowSchedule:
         """`num_steps` steps from noise to data."""

@@ -11,7 +11,7 @@ released code stops at such a token, and lets codes of asymmetric grids leave th
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from vq4dit_jax.errors import InputError
 
@@ -40,15 +40,21 @@ def check(bits: int, kind: str) -> None:
 
 
 def quantize(
-    x: Float[Array, "*batch I"], bits: int, kind: str = "symmetric", scale: Float[Array, ""] | None = None
+    x: Float[Array, "*batch I"],
+    bits: int | Int[Array, ""],
+    kind: str = "symmetric",
+    scale: Float[Array, ""] | None = None,
 ) -> Tokens:
-    """The codes of every token. `scale`: fixed for all tokens, symmetric; None: each token's own."""
-    top = 2 ** (bits - 1) - 1
+    """The codes of every token. `scale`: fixed for all tokens, symmetric; None: each token's own. Bits that are an array choose
+    the grid at run time."""
+    levels = 2**bits if isinstance(bits, int) else jnp.left_shift(1, bits.astype(jnp.int32)).astype(x.dtype)
+    half = levels // 2
+    top = half - 1
     if scale is not None or kind == "symmetric":
         own = jnp.abs(x).max(-1, keepdims=True) / top if scale is None else jnp.full((*x.shape[:-1], 1), scale)
         own = jnp.maximum(own, FLOOR)
-        return Tokens(jnp.clip(jnp.round(x / own), -top - 1, top), own, jnp.zeros_like(own))
+        return Tokens(jnp.clip(jnp.round(x / own), -half, top), own, jnp.zeros_like(own))
     low, high = jnp.minimum(x.min(-1, keepdims=True), 0), jnp.maximum(x.max(-1, keepdims=True), 0)
-    own = jnp.maximum((high - low) / (2**bits - 1), FLOOR)
-    zero = jnp.clip(jnp.round(-low / own), 0, 2**bits - 1)
-    return Tokens(jnp.clip(jnp.round(x / own) + zero, 0, 2**bits - 1), own, zero)
+    own = jnp.maximum((high - low) / (levels - 1), FLOOR)
+    zero = jnp.clip(jnp.round(-low / own), 0, levels - 1)
+    return Tokens(jnp.clip(jnp.round(x / own) + zero, 0, levels - 1), own, zero)

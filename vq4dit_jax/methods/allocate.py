@@ -166,10 +166,10 @@ def layers(
     """The matrices of codebooks of `packed` with the share of the error that each has, on a trajectory of the teacher."""
     wanted = [(path, block) for path, block, leaf in matrices(packed) if is_allocated(leaf)]
     how = dict(key=key, cfg_scale=cfg_scale, images=images)
-    errors, together = sensitivity.one_at_a_time(network, teacher, packed, wanted, **how)
-    share = lambda path, block: errors[path, block] / max(together, 1e-30)
+    found = sensitivity.one_at_a_time(network, teacher, packed, wanted, **how)
+    share = lambda path, block: found.alone[path, block] / max(found.together, 1e-30)
     return [
         Layer(block_path(path, block, network.prefixes), *leaf.matrix, leaf.spec(), share(path, block))
         for path, block, leaf in matrices(packed)
-        if (path, block) in errors
+        if (path, block) in found.alone
     ]

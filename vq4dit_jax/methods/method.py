@@ -28,7 +28,7 @@ _TITLES = {
 
 def title(name: str) -> str:
     """Name of a model, in file names and metrics -> what people read."""
-    bits = re.fullmatch(r"(w[\d.]+a\d+)(-mp)?", name)
+    bits = re.fullmatch(r"(w[\d.]+a[\d.]+)(-mp)?", name)
     if bits:
         return f"ViDiT-Q {bits[1].upper()}{', mixed' if bits[2] else ''}"
     return _TITLES.get(name, name)

@@ -66,7 +66,7 @@ class Mix:
                 tree = _with_bits(run.teacher, params, bits, pass_key(key, f"{bits} bits"))
                 tree = solve(run.teacher, tree, moments, lambda: bar.update(1), shift=True)
                 how = dict(key=pass_key(key, "trajectory"), cfg_scale=self.cfg_scale, error=self.error)
-                errors[bits], _ = sensitivity.one_at_a_time(run.network, run.teacher, tree, wanted, **how)
+                errors[bits] = sensitivity.one_at_a_time(run.network, run.teacher, tree, wanted, **how).alone
                 made[bits] = {(path, block): leaf for path, block, leaf in matrices(tree)}
                 costs[bits] = {one: _stored_bits(made[bits][one]) for one in wanted}
         chosen = self.choose(wanted, costs, errors, sum(_weights(made[self.bits[0]][one]) for one in wanted))

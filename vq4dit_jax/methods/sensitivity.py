@@ -5,7 +5,7 @@ s_l = sum over the steps of a trajectory of an error (`ERRORS`) of the teacher w
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,8 @@ from vq4dit_jax.networks.network import Network, random_problem
 from vq4dit_jax.qarray.base import Kernel
 from vq4dit_jax.qarray.tree import flatten, quantized_paths, replace
 
-IMAGES, _STEPS = 4, 10
+IMAGES, STEPS = 4, 10
+"""Of the trajectory."""
 
 Matrix = tuple[str, int | None]
 """The path of a leaf, and the number of the block in its stack."""
@@ -64,18 +65,34 @@ ERRORS = {"step": _of_step, "prediction": _of_prediction}
 
 def _errors(
     network: Network, cfg_scale: float, error: str, student: Any, evaluations: trajectory.Evaluation
-) -> Float[Array, ""]:
-    """An error of a student, summed over a stack of evaluations."""
-    sched = network.process.schedule(_STEPS)
+) -> tuple[Float[Array, ""], Float[Array, " E"]]:
+    """An error of a student: summed over a stack of evaluations, and of each."""
+    sched = network.process.schedule(STEPS)
 
-    def one(total: jax.Array, evaluation: trajectory.Evaluation) -> tuple[jax.Array, None]:
+    def one(total: jax.Array, evaluation: trajectory.Evaluation) -> tuple[jax.Array, jax.Array]:
         output, _ = network.run(student, evaluation.x, evaluation.t, evaluation.cond)
-        return total + ERRORS[error](network, sched, evaluation, output, cfg_scale), None
+        found = ERRORS[error](network, sched, evaluation, output, cfg_scale)
+        return total + found, found
 
-    return jax.lax.scan(one, jnp.float32(0.0), evaluations)[0]
+    return jax.lax.scan(one, jnp.float32(0.0), evaluations)
 
 
 _measure = jax.jit(_errors, static_argnames=("network", "cfg_scale", "error"))
+
+
+class Found(NamedTuple):
+    """Errors of a trajectory's evaluations.
+
+    Attributes:
+      alone: of each matrix alone, the sum; `by_step` each evaluation's (E,), from noise to data.
+      together: of all quantized matrices together, the sum.
+      done: (E,), how much of the way from noise to data lies behind each evaluation.
+    """
+
+    alone: dict[Matrix, float]
+    by_step: dict[Matrix, Float[np.ndarray, " E"]]
+    together: float
+    done: Float[np.ndarray, " E"]
 
 
 def one_at_a_time(
@@ -88,27 +105,32 @@ def one_at_a_time(
     cfg_scale: float,
     images: int = IMAGES,
     error: str = "step",
-) -> tuple[dict[Matrix, float], float]:
-    """(error of each wanted matrix alone, error of all quantized matrices together), on a trajectory of the teacher; `error`:
-    one of `ERRORS`.
+) -> Found:
+    """The errors of each wanted matrix, on a trajectory of the teacher; `error`: one of `ERRORS`.
 
     A student is the teacher with one matrix of `packed` in its place. All of them are one program: which one is an argument.
     """
     problem = random_problem(network, teacher, key, images=images, cfg_scale=cfg_scale)
-    _, evaluations = trajectory.observed(network, teacher, problem, num_steps=_STEPS, scale=cfg_scale, observe=_Keep())
+    _, evaluations = trajectory.observed(network, teacher, problem, num_steps=STEPS, scale=cfg_scale, observe=_Keep())
     kernels, leaves = flatten(teacher), flatten(packed)
     stack = {path: kernels[path].shape[:-2] for path in quantized_paths(packed)}  # (), or (blocks,)
 
-    def total(use: dict[str, Any]) -> float:
+    def total(use: dict[str, Any]) -> tuple[Any, Any]:
         """Of the student whose matrices are quantized where `use[path]`, bool (*stack), is set."""
         either = {path: _Either(kernels[path], leaves[path], use[path]) for path in stack}
-        return float(_measure(network, cfg_scale, error, replace(teacher, either), evaluations))
+        return _measure(network, cfg_scale, error, replace(teacher, either), evaluations)
 
-    def alone(matrix: Matrix) -> float:
+    def alone(matrix: Matrix) -> tuple[Any, Any]:
         path, block = matrix
         use = {other: np.zeros(shape, bool) for other, shape in stack.items()}
         use[path][... if block is None else block] = True
         return total(use)
 
-    together = total({path: np.ones(shape, bool) for path, shape in stack.items()})
-    return {matrix: alone(matrix) for matrix in wanted}, together
+    together, _ = total({path: np.ones(shape, bool) for path, shape in stack.items()})
+    found = {matrix: alone(matrix) for matrix in wanted}
+    return Found(
+        {matrix: float(whole) for matrix, (whole, _) in found.items()},
+        {matrix: np.asarray(each) for matrix, (_, each) in found.items()},
+        float(together),
+        np.asarray(network.process.done(evaluations.t[:, 0])),
+    )

@@ -12,6 +12,7 @@ from typing import Any
 
 from vq4dit_jax.errors import InputError
 from vq4dit_jax.methods import vq4dit
+from vq4dit_jax.methods.activation_bits import MixActivations
 from vq4dit_jax.methods.allocate import Allocate
 from vq4dit_jax.methods.balance import Balance
 from vq4dit_jax.methods.mixed import Mix
@@ -38,6 +39,9 @@ SETTINGS: dict[str, Any] = dict(
     mixed_bits=(2, 3, 4, 8),
     mixed_by="layers",
     mixed_error="step",
+    activation_budget=0.0,
+    mixed_activation_bits=(4, 6, 8),
+    time_ranges=4,
 )
 """
     weights           "integers", or "codebooks" of `weight_bits` bits a weight (1, 1.5, 2, 3, 4)
@@ -55,6 +59,8 @@ SETTINGS: dict[str, Any] = dict(
     mixed_bits        with a budget: what each layer's weights may have
     mixed_by          with a budget: "layers", or "roles", whose blocks have the same bits and stay one stack
     mixed_error       with a budget: bits are given by the error of the sampler's "step", or of the "prediction" (the paper's MSE)
+    activation_budget mean bits of an activation, spread over the layers and ranges of time (`MixActivations`); 0: all alike
+    mixed_activation_bits, time_ranges    with it: what there is to choose from, and how many ranges
 """
 
 
@@ -75,10 +81,18 @@ def check(settings: Mapping[str, Any]) -> dict[str, Any]:
             f"viditq.budget={s['budget']:g}: bits are mixed of integers that are solved; wanted weights=integers and solve=True "
             "with it (codebooks have calibration.allocation)"
         )
+    if s["activation_budget"] and s["activation_bits"] != max(s["mixed_activation_bits"], default=0):
+        raise InputError(
+            f"viditq.activation_budget={s['activation_budget']:g}: bits of activations are spread from "
+            f"viditq.activation_bits={s['activation_bits']} downwards; wanted the largest of "
+            f"viditq.mixed_activation_bits={tuple(s['mixed_activation_bits'])}"
+        )
     try:
         spec(s)(Role(""))
         if s["budget"]:
             _mix(s)
+        if s["activation_budget"]:
+            _mix_activations(s)
     except InputError as error:
         raise InputError(f"viditq: {error}") from None
     return s
@@ -88,10 +102,16 @@ def _mix(s: Mapping[str, Any], **batch: Any) -> Mix:
     return Mix(s["budget"], tuple(s["mixed_bits"]), s["mixed_by"], s["mixed_error"], **batch)
 
 
+def _mix_activations(s: Mapping[str, Any], **how: Any) -> MixActivations:
+    bits = tuple(s["mixed_activation_bits"])
+    return MixActivations(s["activation_budget"], bits, s["time_ranges"], s["mixed_error"], **how)
+
+
 def name(settings: Mapping[str, Any]) -> str:
     """Of the model, in files and metrics: "w4a8", "w2a8", "w4a8-mp"; activations that are not rounded have 16 bits."""
     s = {**SETTINGS, **settings}
-    return f"w{s['weight_bits']:g}a{s['activation_bits'] or 16}{'-mp' if s['budget'] else ''}"
+    mixed = "-mp" if s["budget"] or s["activation_budget"] else ""
+    return f"w{s['weight_bits']:g}a{s['activation_budget'] or s['activation_bits'] or 16:g}{mixed}"
 
 
 def spec(settings: Mapping[str, Any]) -> Callable[[Role], Spec]:
@@ -122,10 +142,12 @@ def passes(settings: Mapping[str, Any], calibration: Mapping[str, Any] | None = 
     s, rest = check(settings), {**vq4dit.defaults(), **(calibration or {})}
     batch = dict(images=rest["batch"], cfg_scale=rest["cfg_scale"])
     balance = (Balance(**batch),) if s["balance"] or s["centre"] else ()
+    last = (_mix_activations(s, cfg_scale=rest["cfg_scale"]),) if s["activation_budget"] else ()
     if s["weights"] == "codebooks":
         # An allocation makes its leaves anew, so that what their operands have is chosen after it.
         first, *more = vq4dit.passes(rest)
-        return (first, *balance, *more) if isinstance(first, Allocate) else (*balance, first, *more)
+        return (first, *balance, *more, *last) if isinstance(first, Allocate) else (*balance, first, *more, *last)
     if s["budget"]:
-        return (*balance, _mix(s, **batch))
-    return (*balance, *((SolveLayers(**batch, shift=True, alike=True),) if s["solve"] else ()))
+        return (*balance, _mix(s, **batch), *last)
+    solve = (SolveLayers(**batch, shift=True, alike=True),) if s["solve"] else ()
+    return (*balance, *solve, *last)

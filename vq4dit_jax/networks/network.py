@@ -20,6 +20,7 @@ from vq4dit_jax.diffusion.process import Process
 from vq4dit_jax.diffusion.trajectory import Problem
 from vq4dit_jax.errors import InputError
 from vq4dit_jax.qarray import is_quantized
+from vq4dit_jax.qarray.tree import at_time
 
 
 class Role(NamedTuple):
@@ -104,7 +105,8 @@ class Network:
     def run(
         self, params: Any, x: Array, t: Array, cond: Any, blocks: bool = False, hoisted: Any = None
     ) -> tuple[Array, Any]:
-        """(output, blocks or None) of R rows."""
+        """(output, blocks or None) of R rows, which are of one time where leaves depend on it."""
+        params = at_time(params, lambda: self.process.done(t[0]))
         if blocks or self.predict is None:
             output, seen = self.apply(params, x, t, cond)
             return output, seen if blocks else None

@@ -96,6 +96,15 @@ class QuantizedArray(Kernel):
         """Entry (or slice) `index` of the first stack axis."""
         return jax.tree.map(lambda a: a[index], self)
 
+    @property
+    def has_times(self) -> bool:
+        """Whether what it computes depends on the time, so that `at` has to be called before `matmul`."""
+        return False
+
+    def at(self, done: Float[Array, ""]) -> "QuantizedArray":
+        """The leaf at a time, `done` of the way from noise to data (`diffusion.process.Process.done`)."""
+        return self
+
     def tunable(self) -> dict[str, Any]:
         """The arrays that gradients may move, by name, in float32."""
         return {}

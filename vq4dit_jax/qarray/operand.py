@@ -34,6 +34,8 @@ class OperandArray(QuantizedArray):
       centre: m (*stack, I) floating, finite; None: 0.
       rotation: inputs of a group of Q; 0: no rotation.
       bits: of the activations; None: they are not rounded.
+      times: bits of the activations in R equal ranges of the way from noise to data, (*stack, R) int8; None: `bits` always. The
+        leaf `at` a time has one range, and runs.
       grid: of the activations, see `integer.activations`.
     """
 
@@ -42,6 +44,7 @@ class OperandArray(QuantizedArray):
     scale: Any
     signs: Any
     centre: Any
+    times: Any
     rotation: int = static()
     bits: int | None = static()
     grid: str = static()
@@ -54,6 +57,17 @@ class OperandArray(QuantizedArray):
     @property
     def has_scale(self) -> bool:
         return self.scale is not None or self.centre is not None
+
+    @property
+    def has_times(self) -> bool:
+        return self.times is not None
+
+    def at(self, done: Float[Array, ""]) -> "OperandArray":
+        if self.times is None:
+            return self
+        ranges = self.times.shape[-1]
+        now = jnp.clip(jnp.floor(done * ranges), 0, ranges - 1).astype(jnp.int32)
+        return dataclasses.replace(self, times=jax.lax.dynamic_slice_in_dim(self.times, now, 1, axis=-1))
 
     def moved(self, x: Float[Array, "*batch I"]) -> Float[Array, "*batch I"]:
         """x diag(t) Q of one matrix, in the dtype of x."""
@@ -68,7 +82,13 @@ class OperandArray(QuantizedArray):
         moved = self.moved(x if self.centre is None else x - self._along(self.centre, x))
         if self.bits is None:
             return moved
-        rounded = activations.quantize(moved, self.bits, self.grid).decode()
+        if self.times is not None and self.times.shape[-1] != 1:
+            raise InputError(
+                "activations have other bits at other times; run the network through its Network, which tells the leaves the "
+                "time (network.run, vq.sample), or call qarray.tree.at_time"
+            )
+        bits = self.bits if self.times is None else self.times[..., 0]
+        rounded = activations.quantize(moved, bits, self.grid).decode()
         return moved + jax.lax.stop_gradient(rounded - moved)
 
     def matmul(self, x: Float[Array, "*batch I"]) -> Float[Array, "*batch O"]:
@@ -92,7 +112,7 @@ class OperandArray(QuantizedArray):
 
     def arrays(self) -> dict[str, Any]:
         inner = {f"weight/{name}": a for name, a in self.weight.arrays().items()}
-        own = {"scale": self.scale, "signs": self.signs, "centre": self.centre}
+        own = {"scale": self.scale, "signs": self.signs, "centre": self.centre, "times": self.times}
         return inner | {name: a for name, a in own.items() if a is not None}
 
     def facts(self) -> dict[str, Json]:
@@ -102,6 +122,7 @@ class OperandArray(QuantizedArray):
             "scaled": self.scale is not None,
             "signed": self.signs is not None,
             "centred": self.centre is not None,
+            "timed": self.times is not None,
             "rotation": self.rotation,
             "bits": self.bits,
             "grid": self.grid,
@@ -116,7 +137,7 @@ class OperandArray(QuantizedArray):
             raise InputError(
                 f"{name}: the manifest has a weight of kind {kind!r:.40}; wanted one of {', '.join(sorted(KINDS))}"
             )
-        names = {"scale": "scaled", "signs": "signed", "centre": "centred"}
+        names = {"scale": "scaled", "signs": "signed", "centre": "centred", "times": "timed"}
         own = [key for key, fact in names.items() if facts.get(fact)]
         mine = {key: a for key, a in arrays.items() if key in own}
         rest = {key.removeprefix("weight/"): a for key, a in arrays.items() if key not in own}
@@ -129,15 +150,17 @@ class OperandArray(QuantizedArray):
         bits = None if facts.get("bits") is None else integer_fact(facts, "bits", 2, 8, name)
         grid = facts.get("grid")
         activations.check(bits or 8, grid)
-        out = cls(weight, mine.get("scale"), mine.get("signs"), mine.get("centre"), rotation, bits, grid, matrix)
+        out = cls(weight, *(mine.get(key) for key in names), rotation, bits, grid, matrix)
         if weight.matrix != matrix:
             raise InputError(
                 f"{name}: the manifest has matrices {matrix}, and its weight {weight.matrix}; it is damaged"
             )
-        wanted = (*weight.stack, matrix[1])
         for key, a in mine.items():
+            wanted = (*weight.stack, a.shape[-1] if key == "times" and a.ndim else matrix[1])
             if a.shape != wanted:
                 raise InputError(f"{name}: {key} has shape {a.shape}; wanted {wanted}")
+        if out.times is not None and not (bits and ((out.times >= 2) & (out.times <= bits)).all()):
+            raise InputError(f"{name}: bits of a time are not 2 to {bits}; the file is damaged, make it again")
         if out.scale is not None and not _positive(out.scale):
             raise InputError(f"{name}: a scale is not finite and positive; the file is damaged, make it again")
         if out.centre is not None and not np.isfinite(np.asarray(out.centre, np.float32)).all():
@@ -149,7 +172,8 @@ class OperandArray(QuantizedArray):
     def cost(self) -> Cost:
         inner = self.weight.cost()
         of = lambda a: 0 if a is None else int(np.prod(a.shape)) * np.dtype(a.dtype).itemsize
-        return inner._replace(table_bytes=inner.table_bytes + of(self.scale) + of(self.signs) + of(self.centre))
+        own = sum(map(of, (self.scale, self.signs, self.centre, self.times)))
+        return inner._replace(table_bytes=inner.table_bytes + own)
 
     # Everything else is the weight's own --------------------------------------------------------------------------
 
@@ -185,6 +209,11 @@ class OperandArray(QuantizedArray):
 
     def prepare(self, operand_dtype: Any, **how: Any) -> Any:
         """The weight's own form. Its rows must be rounded as `activations` of 8 bits, or not at all."""
+        if self.times is not None:
+            raise InputError(
+                "its activations have other bits at other times, and all kernels read 8 bits or bfloat16; run it with "
+                "activations=float32 (fewer bits than 8 save no time and no memory there)"
+            )
         wanted = None if jnp.dtype(operand_dtype).itemsize == 2 else 8
         if self.bits != wanted or (self.bits and self.grid != "symmetric"):
             has = "not rounded" if self.bits is None else f"in {self.bits} bits ({self.grid})"
@@ -325,7 +354,7 @@ class OperandSpec(Spec):
 
     def _leaf(self, weight: Any, scale: Any, signs: Any, centre: Any, matrix: Any = None) -> OperandArray:
         matrix = tuple(weight.matrix if matrix is None else matrix)
-        return OperandArray(weight, scale, signs, centre, self._group(matrix[1]), self.bits, self.grid, matrix)
+        return OperandArray(weight, scale, signs, centre, None, self._group(matrix[1]), self.bits, self.grid, matrix)
 
     def to_json(self) -> dict[str, Json]:
         own = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}

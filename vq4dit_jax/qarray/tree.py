@@ -113,6 +113,14 @@ def map_quantized(fn: Callable[[QuantizedArray], Any], tree: Any) -> Any:
     return map_leaves(lambda leaf: fn(leaf) if is_quantized(leaf) else leaf, tree)
 
 
+def at_time(params: Params, done: Callable[[], Any]) -> Params:
+    """The tree whose leaves are those of a time, `done()` of the way from noise to data; itself where none has times."""
+    if not any(is_quantized(leaf) and leaf.has_times for leaf in jax.tree.leaves(params, is_leaf=is_quantized)):
+        return params
+    now = done()
+    return map_quantized(lambda leaf: leaf.at(now), params)
+
+
 def quantized_paths(params: Params) -> list[str]:
     """Paths of the leaves that are quantized, in whole or in part, in order."""
     return list(dict.fromkeys(slot.path for slot in walk(params) if is_quantized(slot.leaf)))

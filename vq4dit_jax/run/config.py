@@ -205,6 +205,12 @@ def validate(config: ml_collections.ConfigDict) -> None:
             raise InputError(f"--config.{section}.cfg_scale={config[section].cfg_scale}: wanted a finite number")
     _one_of("sample.sampler", config.sample.sampler, SAMPLERS)
     _one_of("sample.activations", config.sample.activations, ("float32", "bfloat16", "int8", "e4m3"))
+    timed = config.quantize.method == "viditq" and config.viditq.activation_budget
+    if timed and config.sample.activations != "float32":
+        raise InputError(
+            f"--config.sample.activations={config.sample.activations} with viditq.activation_budget={timed:g}: kernels read "
+            "8 bits or bfloat16 at all times; wanted float32, where activations are rounded and stay float32 numbers"
+        )
     _one_of("quantize.codebook_dtype", config.quantize.codebook_dtype, DTYPES)
     _one_of("quantize.other_dtype", config.quantize.other_dtype, DTYPES)
     for key in ("sample.num_images", "sample.batch", "sample.grid_images", "calibration.save_every"):
