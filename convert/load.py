@@ -60,8 +60,8 @@ def load_pretrained(
 
     Returns:
       The module and its parameters, jax arrays on the default device, blocks stacked on a leading axis; int8 Linears are
-      `OperandArray` leaves. While
-      loading, at most one leaf is in memory twice. Lines on stderr say which of several weights were taken.
+      `OperandArray` leaves. While loading, at most one leaf is in memory twice. Lines on stderr say which of several
+      weights were taken, and which int8 weights were decoded.
 
     Raises:
       InputError: whatever is wrong with the file or does not fit, in one line with the parameter's name.

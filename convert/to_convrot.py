@@ -27,7 +27,7 @@ _LEAST_SCALE = 1e-30
 
 
 def save_convrot(file: str | os.PathLike, model: DiT, params: Any, *, group: int | None = None) -> None:
-    """Writes one safetensors file with int8 Linears, for ComfyUI's loaders and for `load_pretrained`.
+    """Writes one safetensors file with int8 Linears in the form of ComfyUI's files; `load_pretrained` reads it.
 
     Args:
       file: is written beside and renamed.
