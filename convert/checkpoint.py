@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from vq4dit_jax.errors import InputError
+from vq4dit_jax.qarray.base import QuantizedArray
 
 _MAX_JSON = 1 << 26  # bytes; the largest published index has about a million
 
@@ -25,6 +26,7 @@ class Checkpoint:
       metadata: of a safetensors file; empty for other files.
       wrapper: the keys and prefixes that the weights lay under, "ema" for example; empty if they lay at the top.
       arguments: of the training script, as training checkpoints keep them; plain values only.
+      packed: weights that the file holds quantized: name -> function that reads the leaf (O, I). `read` decodes them.
     """
 
     path: pathlib.Path
@@ -34,6 +36,7 @@ class Checkpoint:
     metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
     wrapper: str = ""
     arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    packed: Mapping[str, Callable[[], QuantizedArray]] = dataclasses.field(default_factory=dict)
 
     @property
     def facts(self) -> dict[str, Any]:

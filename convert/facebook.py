@@ -1,5 +1,7 @@
 """facebookresearch/DiT's checkpoints: its names are those of our tree, with `weight` for `kernel`."""
 
+from typing import Any
+
 from convert.layout import BIAS, CONV, LINEAR, POSITIONS, TABLE, Layout, Rule
 
 _LINEARS = {
@@ -26,3 +28,14 @@ FACEBOOK = Layout(
         *(Rule(f"{ours}/bias", BIAS, (f"{theirs}.bias",)) for ours, theirs in _LINEARS.items()),
     ),
 )
+
+
+def metadata(model: Any) -> dict[str, str]:
+    """What shapes in these names do not tell of a `DiT`: `num_heads`, `num_classes` of a table without a null row, and a SiT's
+    `model`, `prediction` and `path_type`."""
+    told = {"num_heads": str(model.num_heads)}
+    if not model.null_label:
+        told["num_classes"] = str(model.num_classes)
+    if model.predicts == "flow":
+        told |= {"model": "SiT", "prediction": "velocity", "path_type": "Linear"}
+    return told

@@ -13,24 +13,29 @@ import numpy as np
 
 from convert.checkpoint import Checkpoint
 from vq4dit_jax.errors import InputError
+from vq4dit_jax.qarray.parts import stack_blocks
 
 Shape = tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """How a tensor is turned into a leaf: `turn` acts on arrays; `origin` gives the shape before from that after."""
+    """How a tensor is turned into a leaf: `turn` acts on arrays, and `back` undoes it; `origin` gives the shape before from that
+    after."""
 
     ndim: int
     turn: Callable[[np.ndarray], np.ndarray]
+    back: Callable[[np.ndarray], np.ndarray]
     origin: Callable[[Shape], Shape]
 
 
-LINEAR = Kind(2, lambda w: w.T, lambda s: (s[1], s[0]))  # (O, I) -> (I, O)
-CONV = Kind(4, lambda w: w.transpose(2, 3, 1, 0), lambda s: (s[3], s[2], s[0], s[1]))  # OIHW -> HWIO
-BIAS = Kind(1, lambda w: w, lambda s: s)
-TABLE = Kind(2, lambda w: w, lambda s: s)
-POSITIONS = Kind(3, lambda w: w[0], lambda s: (1, *s))  # (1, T, D) -> (T, D)
+LINEAR = Kind(2, lambda w: w.T, lambda w: w.T, lambda s: (s[1], s[0]))  # (O, I) -> (I, O)
+CONV = Kind(  # OIHW -> HWIO
+    4, lambda w: w.transpose(2, 3, 1, 0), lambda w: w.transpose(3, 2, 0, 1), lambda s: (s[3], s[2], s[0], s[1])
+)
+BIAS = Kind(1, lambda w: w, lambda w: w, lambda s: s)
+TABLE = Kind(2, lambda w: w, lambda w: w, lambda s: s)
+POSITIONS = Kind(3, lambda w: w[0], lambda w: w[None], lambda s: (1, *s))  # (1, T, D) -> (T, D)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,14 +120,16 @@ class Layout:
                 if checkpoint.shapes[name] != wanted:
                     raise InputError(f"{checkpoint.path}: {name} has shape {checkpoint.shapes[name]}, wanted {wanted}")
 
-    def leaves(self, checkpoint: Checkpoint, depth: int, dtype: Any) -> Iterator[tuple[str, np.ndarray]]:
-        """Path and array of each leaf in turn: one leaf and one tensor are in memory at a time."""
+    def leaves(self, checkpoint: Checkpoint, depth: int, dtype: Any) -> Iterator[tuple[str, Any]]:
+        """Path and array (or quantized leaf) of each leaf in turn: one leaf and one tensor are in memory at a time."""
         for rule in self.rules:
             yield rule.path, self._stack(checkpoint, rule, depth, dtype)
             if not rule.stacked:
                 self._check_copies(checkpoint, rule, depth)
 
-    def _stack(self, checkpoint: Checkpoint, rule: Rule, depth: int, dtype: Any) -> np.ndarray:
+    def _stack(self, checkpoint: Checkpoint, rule: Rule, depth: int, dtype: Any) -> Any:
+        if not checkpoint.packed.keys().isdisjoint(rule.names(depth)):
+            return self._packed(checkpoint, rule, depth, dtype)
         first = self._leaf(checkpoint, rule, 0, dtype)
         if not rule.stacked:
             return np.array(first, order="C")  # a copy, because `read` gives a view of the mapped file
@@ -131,6 +138,14 @@ class Layout:
         for i in range(1, depth):
             leaf[i] = self._leaf(checkpoint, rule, i, dtype)
         return leaf
+
+    def _packed(self, checkpoint: Checkpoint, rule: Rule, depth: int, dtype: Any) -> Any:
+        """A leaf that is quantized, in all blocks or in some; where blocks differ it is in parts."""
+        blocks = [
+            checkpoint.packed[name]() if name in checkpoint.packed else self._leaf(checkpoint, rule, i, dtype)
+            for i, name in enumerate(rule.names(depth))
+        ]
+        return stack_blocks(blocks) if rule.stacked else blocks[0]
 
     def _leaf(self, checkpoint: Checkpoint, rule: Rule, block: int, dtype: Any) -> np.ndarray:
         parts = [rule.kind.turn(read_finite(checkpoint, source.format(block), dtype)) for source in rule.sources]

@@ -13,12 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from convert import diffusers, sit
+from convert import comfy_quant, diffusers, sit
 from convert.checkpoint import Checkpoint
 from convert.classes import count_classes
 from convert.diffusers import DIFFUSERS
 from convert.facebook import FACEBOOK
-from convert.layout import Layout, Shape
+from convert.layout import LINEAR, Layout, Shape
 from convert.readers import open_checkpoint
 from convert.sit import FAMILIES, VARIANTS
 from vq4dit_jax import files
@@ -45,6 +45,7 @@ def load_pretrained(
     Args:
       path: a facebookresearch/DiT, SiT or REPA checkpoint (`.pt`; of a training checkpoint the EMA weights are taken),
         the same names in a `.safetensors` file, or a diffusers model: its folder, a pipeline's, or its weights' file.
+        Int8 Linears of a `.safetensors` file with ComfyUI's marks (ConvRot, see `convert.convrot`) stay packed.
         `asset:NAME` is a model that ships with this package: `asset:dit_cifar10.safetensors`.
       variant: "DiT-XL/2", "SiT-XL/2" and so on, or "DiT" or "SiT" of any size. Where given, the checkpoint must agree
         with it. Needed only for a SiT whose file holds no arguments that tell.
@@ -58,8 +59,9 @@ def load_pretrained(
       dtype: of the parameters; the module computes in float32 unless it is cloned with another `dtype`.
 
     Returns:
-      The module and its parameters, jax arrays on the default device, blocks stacked on a leading axis. While
-      loading, at most one leaf is in memory twice. Lines on stderr say which of several weights were taken.
+      The module and its parameters, jax arrays on the default device, blocks stacked on a leading axis; int8 Linears are
+      `OperandArray` leaves. While loading, at most one leaf is in memory twice. Lines on stderr say which of several
+      weights were taken, and which int8 weights were decoded.
 
     Raises:
       InputError: whatever is wrong with the file or does not fit, in one line with the parameter's name.
@@ -107,7 +109,7 @@ def describe(
     if variant is not None and variant not in VARIANTS and variant not in FAMILIES:
         raise InputError(f"no variant {variant!r}; known: {', '.join(VARIANTS)}")
     starts = [f"{layout.block_prefix}0." for layout in _LAYOUTS]
-    checkpoint = open_checkpoint(path, starts, diffusers.CLASSES)
+    checkpoint = comfy_quant.split(open_checkpoint(path, starts, diffusers.CLASSES))
     layout = _recognise(checkpoint)
     checkpoint = dataclasses.replace(checkpoint, config=_own_config(checkpoint, layout))
     trained = sit.training(checkpoint, variant, predicts)
@@ -118,6 +120,8 @@ def describe(
     sit.check_attention(checkpoint)
     depth = layout.depth(checkpoint)
     layout.check_names(checkpoint, depth)
+    checkpoint, said = comfy_quant.keep(checkpoint, _kept_packed(layout, depth, trained))
+    notes += said
 
     name, (width, channels, patch, across) = layout.first(checkpoint, "x_embedder/proj/kernel")
     if patch != across:
@@ -146,6 +150,14 @@ def describe(
         model = model.clone(freq_shift=diffusers.FREQ_SHIFT, norm2_eps=norm_eps)
     layout.check_shapes(checkpoint, depth, _leaf_shapes(model))
     return Described(sit.forwards(checkpoint) if trained.backwards else checkpoint, layout, model, notes)
+
+
+def _kept_packed(layout: Layout, depth: int, trained: sit.Training) -> set[str]:
+    """Weights that stay quantized where the file has them so: Linears, but those that are joined or turned on reading."""
+    if layout is not FACEBOOK:
+        return set()
+    linears = {name for rule in layout.rules if rule.kind is LINEAR for name in rule.names(depth)}
+    return linears.difference(sit.TURNED) if trained.backwards else linears
 
 
 def _recognise(checkpoint: Checkpoint) -> Layout:

@@ -7,6 +7,7 @@ import ml_dtypes
 import numpy as np
 
 from convert.checkpoint import Checkpoint
+from convert.comfy_quant import companions
 from vq4dit_jax.errors import InputError
 
 _FLOATS = {"F16", "BF16", "F32", "F64"}
@@ -14,7 +15,10 @@ _FLOAT8 = {"F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2}
 
 
 def open_safetensors(path: pathlib.Path) -> Checkpoint:
-    """Opens a file of weights in 8 to 64 bits. Scalars beside arrays are counters of a trainer and are left out."""
+    """Opens a file of weights in 8 to 64 bits. Scalars beside arrays are counters of a trainer and are left out.
+
+    Of quantized weights (`convert.comfy_quant`) all tensors are there, of whatever type.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -23,12 +27,15 @@ def open_safetensors(path: pathlib.Path) -> Checkpoint:
         shapes = {name: tuple(s.get_shape()) for name, s in slices.items()}
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: not a whole safetensors file: {error}") from None
+    quantized = companions(shapes)
     if any(shapes.values()):
-        shapes = {name: shape for name, shape in shapes.items() if shape}
+        shapes = {name: shape for name, shape in shapes.items() if shape or name in quantized}
     for name in shapes:
         dtype = slices[name].get_dtype()
-        if dtype not in _FLOATS and dtype not in _FLOAT8:
-            raise InputError(f"{path}: {name} is of type {dtype}; floating-point weights are wanted")
+        if dtype not in _FLOATS and dtype not in _FLOAT8 and name not in quantized:
+            raise InputError(
+                f"{path}: {name} is of type {dtype}; floating-point weights are wanted, or int8 ones with a comfy_quant each"
+            )
 
     def read(name: str) -> np.ndarray:
         dtype = _FLOAT8.get(slices[name].get_dtype())

@@ -28,6 +28,8 @@ from vq4dit_jax.networks.dit import DIT_VARIANTS
 SIT_VARIANTS = {name.replace("DiT", "SiT"): sizes for name, sizes in DIT_VARIANTS.items()}
 VARIANTS = DIT_VARIANTS | SIT_VARIANTS
 FAMILIES = {"DiT": "eps", "SiT": "flow"}  # a variant without its size, for models of other sizes
+TURNED = ("final_layer.linear.weight", "t_embedder.mlp.0.weight")
+"""Weights that `forwards` changes."""
 _HEADS = "projectors."
 _VELOCITY = {"velocity": False, "v": True}  # how SiT and REPA call it -> whether time runs backwards
 _MODEL_KEYS = ("model", "class", "_class_name")
@@ -125,7 +127,8 @@ def check_attention(checkpoint: Checkpoint) -> None:
 
 
 def forwards(checkpoint: Checkpoint) -> Checkpoint:
-    """The weights of v(x, t) = -f(x, 1 - t), in float32, from those of f in facebookresearch's names."""
+    """The weights of v(x, t) = -f(x, 1 - t), in float32, from those of f in facebookresearch's names. Those of `TURNED` must be
+    dense."""
 
     def read(name: str) -> np.ndarray:
         stored = checkpoint.read(name)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import ml_dtypes
 import numpy as np
 
-from convert.facebook import FACEBOOK
+from convert.facebook import FACEBOOK, metadata
 from convert.layout import read_finite
 from convert.load import describe
 from vq4dit_jax.errors import InputError
@@ -36,7 +36,8 @@ def to_safetensors(
     """Checks `source` as `load_pretrained` does and writes its tensors to `target`.
 
     The metadata of `target` has what shapes do not tell: `num_heads`, `num_classes` of a table without a null row, a
-    SiT's `model`, `prediction` and `path_type`; and where given `origin` and `licence`. A REPA is written as a SiT.
+    SiT's `model`, `prediction` and `path_type`; and where given `origin` and `licence`. A REPA is written as a SiT, and int8
+    weights (`convert.convrot`) as dense ones.
     """
     from safetensors.numpy import save_file
 
@@ -45,13 +46,9 @@ def to_safetensors(
         raise InputError(f"{source}: {layout.name} layout; only {FACEBOOK.name} checkpoints are rewritten")
     names = (name for rule in layout.rules for name in rule.names(model.depth))
     tensors = {name: np.ascontiguousarray(read_finite(checkpoint, name, _DTYPES[dtype])) for name in names}
-    metadata = {"num_heads": str(model.num_heads), "origin": origin, "licence": licence}
-    if not model.null_label:
-        metadata["num_classes"] = str(model.num_classes)
-    if model.predicts == "flow":
-        metadata |= {"model": "SiT", "prediction": "velocity", "path_type": "Linear"}
+    told = {**metadata(model), "origin": origin, "licence": licence}
     with atomic_path(target) as partial:
-        save_file(tensors, partial, metadata={key: value for key, value in metadata.items() if value is not None})
+        save_file(tensors, partial, metadata={key: value for key, value in told.items() if value is not None})
         partial.chmod(0o644)  # save_file lets only the owner read
     for note in notes:
         print(f"{checkpoint.path}: {note}", file=sys.stderr)

@@ -28,7 +28,8 @@ _NAME = "diffusers' AutoencoderKL"
 _LEVEL = "decoder.up_blocks."
 _LAYER = "decoder.up_blocks.0.resnets."
 _OLD_ATTENTION = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
-_CONV_1X1 = Kind(4, lambda w: w[:, :, 0, 0].T, lambda s: (s[1], s[0], 1, 1))  # (O, I, 1, 1) -> (I, O)
+# (O, I, 1, 1) -> (I, O)
+_CONV_1X1 = Kind(4, lambda w: w[:, :, 0, 0].T, lambda w: w.T[:, :, None, None], lambda s: (s[1], s[0], 1, 1))
 _WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 # Values of a config, besides sizes, with which our module computes the same.
 _WANTED = {

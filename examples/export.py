@@ -10,7 +10,6 @@ import jax
 import numpy as np
 
 from convert.facebook import FACEBOOK
-from convert.layout import BIAS, CONV, LINEAR, POSITIONS, TABLE
 from examples.data import Dataset
 from examples.training import Recipe
 from vq4dit_jax import evaluation, files, npz, reporting
@@ -20,14 +19,6 @@ from vq4dit_jax.run import generation
 from vq4dit_jax.storage import provenance
 from vq4dit_jax.storage.identity import Claim
 
-# From our arrays back to the checkpoint's: the inverses of `Kind.turn`.
-_BACK = {
-    LINEAR: lambda w: w.T,
-    CONV: lambda w: w.transpose(3, 2, 0, 1),
-    BIAS: lambda w: w,
-    TABLE: lambda w: w,
-    POSITIONS: lambda w: w[None],
-}
 _ROWS = 8
 PROTOCOL = dict(sampler="ddpm", steps=50, cfg_scale=1.5, labels="balanced", seed=0)
 
@@ -48,7 +39,7 @@ def write_pretrained(file: str | os.PathLike, model: DiT, params: Any, metadata:
         if not np.isfinite(narrow).all():
             raise InputError(f"{rule.path} holds {np.abs(leaf).max():.4g}, which float16 cannot; the training diverged")
         for name, part in zip(rule.names(model.depth), narrow if rule.stacked else [narrow], strict=True):
-            tensors[name] = np.ascontiguousarray(_BACK[rule.kind](part))
+            tensors[name] = np.ascontiguousarray(rule.kind.back(part))
     with files.atomic_path(file) as partial:
         save_file(tensors, partial, metadata={"num_heads": str(model.num_heads), **metadata})
         partial.chmod(0o644)  # save_file lets only the owner read

@@ -36,6 +36,7 @@ _HOME = {
     "prepare_for_inference": "vq4dit_jax.networks.inference",
     "quantize": "vq4dit_jax.methods.kmeans",
     "sample": "vq4dit_jax.networks.sampling",
+    "save_convrot": "convert.to_convrot",
     "save_quantized": "vq4dit_jax.storage.checkpoint",
     "save_safetensors": "vq4dit_jax.storage.checkpoint",
     "sizes": "vq4dit_jax.qarray.tree",

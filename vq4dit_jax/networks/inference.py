@@ -22,7 +22,7 @@ from vq4dit_jax.networks.prepared import PreparedBlocks
 from vq4dit_jax.qarray import is_quantized
 from vq4dit_jax.qarray.parts import split_runs
 from vq4dit_jax.qarray.spec import IntSpec
-from vq4dit_jax.qarray.tree import densify
+from vq4dit_jax.qarray.tree import densify, map_leaves
 
 ACTIVATIONS = {None: jnp.bfloat16, "int8": jnp.int8, "e4m3": jnp.float8_e4m3fn}
 WEIGHTS = {"int8": IntSpec(8, None, "symmetric"), "int4": IntSpec(4, nibbles.COLUMNS, "symmetric")}
@@ -50,8 +50,8 @@ def prepare_for_inference(
       ranges: of `activation_ranges`; then what proj and fc2 read is quantized where it is made, with a fixed scale for
         each layer. Without them it is written in bfloat16 and read again, to quantize by token.
 
-    Everything outside the blocks becomes bfloat16. The result is for running only: it is no format, files hold `params`.
-    Raises InputError where a combination has no form, or blocks are not those of a DiT.
+    Arrays outside the blocks become bfloat16; quantized leaves there stay as they are. The result is for running only: it is no
+    format, files hold `params`. Raises InputError where a combination has no form, or blocks are not those of a DiT.
     """
     if activations not in ACTIVATIONS:
         raise InputError(f"activations={activations!r}: wanted None, 'int8' or 'e4m3'")
@@ -78,7 +78,7 @@ def prepare_for_inference(
         runs.append(_prepare_run(run, dtype, weights, own))
         first += depth
     kept = {
-        name: jax.tree.map(lambda a: jnp.asarray(a, jnp.bfloat16), leaf)
+        name: map_leaves(lambda a: a if is_quantized(a) else jnp.asarray(a, jnp.bfloat16), leaf)
         for name, leaf in params.items()
         if name != "blocks"
     }

@@ -23,7 +23,7 @@ from vq4dit_jax.methods.method import FULL_PRECISION, Model
 from vq4dit_jax.networks import dit, inference
 from vq4dit_jax.networks.dit import DiT, parameter_shapes, variant
 from vq4dit_jax.networks.network import as_network
-from vq4dit_jax.qarray.tree import random_params, sizes
+from vq4dit_jax.qarray.tree import quantized_paths, random_params, sizes
 from vq4dit_jax.reporting.layers import layer_table
 from vq4dit_jax.run import checks, generation, seeds, sources, summary
 from vq4dit_jax.run import config as configs
@@ -354,7 +354,13 @@ def load_teacher(c: Any, key: jax.Array) -> tuple[DiT, Any]:
         overrides |= {name: c[name] for name in ("depth", *dit.SETTINGS) if c[name]}
         model = variant(c.variant, **overrides)
         return model, random_params(parameter_shapes(model), key)
-    return sources.open_pretrained(c.checkpoint, c.variant, **{name: c[name] for name in dit.SETTINGS})
+    model, params = sources.open_pretrained(c.checkpoint, c.variant, **{name: c[name] for name in dit.SETTINGS})
+    if packed := quantized_paths(params):
+        raise InputError(
+            f"--config.model.checkpoint={c.checkpoint} holds int8 weights already ({packed[0]}, ...); a run quantizes a model in "
+            "full precision; give that one, or sample from this file with python -m vq4dit_jax.sample"
+        )
+    return model, params
 
 
 def _title(config: Any, model: DiT) -> str:
