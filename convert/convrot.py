@@ -86,7 +86,7 @@ def _inexpressible(leaf: QuantizedArray) -> str | None:
     weight = leaf.weight
     if (weight.bits, weight.grid) != (8, "symmetric") or weight.scale.shape[-1] != 1:
         return f"{weight.bits} bits on a {weight.grid} grid with {weight.scale.shape[-1]} scales a row"
-    if given := [name for name in ("scale", "signs", "centre") if getattr(leaf, name) is not None]:
+    if given := [name for name in ("scale", "signs", "centre", "times") if getattr(leaf, name) is not None]:
         return f"the {given[0]} of an operand"
     if leaf.bits is not None and (leaf.bits, leaf.grid) != (8, "symmetric"):
         return f"activations in {leaf.bits} bits ({leaf.grid})"

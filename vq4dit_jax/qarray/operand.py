@@ -34,9 +34,9 @@ class OperandArray(QuantizedArray):
       centre: m (*stack, I) floating, finite; None: 0.
       rotation: inputs of a group of Q; 0: no rotation.
       bits: of the activations; None: they are not rounded.
+      grid: of the activations, see `integer.activations`.
       times: bits of the activations in R equal ranges of the way from noise to data, (*stack, R) int8; None: `bits` always. The
         leaf `at` a time has one range, and runs.
-      grid: of the activations, see `integer.activations`.
     """
 
     kind = "operand"
@@ -44,11 +44,11 @@ class OperandArray(QuantizedArray):
     scale: Any
     signs: Any
     centre: Any
-    times: Any
     rotation: int = static()
     bits: int | None = static()
     grid: str = static()
     matrix: tuple[int, int] = static()
+    times: Any = None
 
     @property
     def stack(self) -> tuple[int, ...]:
@@ -150,7 +150,8 @@ class OperandArray(QuantizedArray):
         bits = None if facts.get("bits") is None else integer_fact(facts, "bits", 2, 8, name)
         grid = facts.get("grid")
         activations.check(bits or 8, grid)
-        out = cls(weight, *(mine.get(key) for key in names), rotation, bits, grid, matrix)
+        vectors = (mine.get(key) for key in ("scale", "signs", "centre"))
+        out = cls(weight, *vectors, rotation, bits, grid, matrix, mine.get("times"))
         if weight.matrix != matrix:
             raise InputError(
                 f"{name}: the manifest has matrices {matrix}, and its weight {weight.matrix}; it is damaged"
@@ -354,7 +355,7 @@ class OperandSpec(Spec):
 
     def _leaf(self, weight: Any, scale: Any, signs: Any, centre: Any, matrix: Any = None) -> OperandArray:
         matrix = tuple(weight.matrix if matrix is None else matrix)
-        return OperandArray(weight, scale, signs, centre, None, self._group(matrix[1]), self.bits, self.grid, matrix)
+        return OperandArray(weight, scale, signs, centre, self._group(matrix[1]), self.bits, self.grid, matrix)
 
     def to_json(self) -> dict[str, Json]:
         own = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
