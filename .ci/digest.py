@@ -58,6 +58,19 @@ PARTS = {
             "tests/test_soft_kernels.py",
         ),
     ),
+    # Sampler steps of every form of a prepared network, compiled for six GPUs: four minutes of a core.
+    "devices": Part(
+        covers=(
+            "pallas_kernels/**/*.py",
+            "benchmarks/aot/*.py",
+            "benchmarks/aot/*.txtpb",
+            "vq4dit_jax/diffusion/*.py",
+            "vq4dit_jax/networks/*.py",
+            "vq4dit_jax/qarray/*.py",
+            CONSTRAINTS,
+        ),
+        tests=("tests/test_device_programs.py",),
+    ),
     # On the second Python, with another jax, what is looked for is calls that do not exist or mean something else. They stand in
     # the packages. The tests themselves are run on the first Python, whatever has changed.
     "python312": Part(

@@ -28,12 +28,14 @@ FILES = (
     "benchmarks/cpu.py",
     "tests/ptx/machine.py",
     "tests/test_ptx_emulator.py",
+    "tests/test_device_programs.py",
     "tests/test_vq.py",
     "tests/__pycache__/test_vq.pyc",
     "docs/kernels.md",
     "README.md",
 )
-BOTH, EMULATOR, SECOND, NONE = {"emulator", "python312"}, {"emulator"}, {"python312"}, set()
+ALL, NETWORKS, SECOND, NONE = {"emulator", "devices", "python312"}, {"devices", "python312"}, {"python312"}, set()
+COMPILED, EMULATOR = {"emulator", "devices"}, {"emulator"}
 
 
 @pytest.fixture
@@ -54,18 +56,19 @@ def to_run(root: pathlib.Path) -> set[str]:
 @pytest.mark.parametrize(
     "name, parts",
     [
-        ("pallas_kernels/ops.py", BOTH),
-        ("pallas_kernels/mosaic/matmul.py", BOTH),
+        ("pallas_kernels/ops.py", ALL),
+        ("pallas_kernels/mosaic/matmul.py", ALL),
         ("vq4dit_jax/main.py", SECOND),
-        ("vq4dit_jax/networks/dit.py", SECOND),
+        ("vq4dit_jax/networks/dit.py", NETWORKS),
         ("convert/load.py", SECOND),
         ("configs/cifar10_w2.py", SECOND),
         ("setup.cfg", SECOND),
-        ("constraints/py311.txt", EMULATOR),
-        ("constraints/py312.txt", BOTH),
-        ("benchmarks/aot/cases.py", EMULATOR),
+        ("constraints/py311.txt", COMPILED),
+        ("constraints/py312.txt", ALL),
+        ("benchmarks/aot/cases.py", COMPILED),
         ("tests/ptx/machine.py", EMULATOR),
         ("tests/test_ptx_emulator.py", EMULATOR),
+        ("tests/test_device_programs.py", {"devices"}),
         ("benchmarks/cpu.py", NONE),
         ("tests/test_vq.py", NONE),
         ("tests/__pycache__/test_vq.pyc", NONE),
@@ -84,13 +87,13 @@ def test_a_changed_file_runs_the_parts_that_cover_it_and_no_other(tree, name, pa
 def test_a_new_a_removed_and_a_renamed_file_are_changes(tree):
     file = tree / "pallas_kernels/ops.py"
     file.with_name("new.py").write_text("")
-    assert to_run(tree) == BOTH
+    assert to_run(tree) == ALL
     file.with_name("new.py").unlink()
     assert to_run(tree) == NONE
     file.rename(file.with_name("other.py"))
-    assert to_run(tree) == BOTH
+    assert to_run(tree) == ALL
     file.with_name("other.py").unlink()
-    assert to_run(tree) == BOTH
+    assert to_run(tree) == ALL
 
 
 def test_the_digest_depends_neither_on_the_order_of_patterns_nor_on_the_age_of_files(tree):
@@ -106,8 +109,10 @@ def test_the_digest_depends_neither_on_the_order_of_patterns_nor_on_the_age_of_f
 
 def test_a_part_that_never_passed_has_changed_and_writing_one_keeps_the_others(tree):
     (tree / ci.PASSED).unlink()
-    assert to_run(tree) == BOTH
+    assert to_run(tree) == ALL
     ci.write(["emulator"], tree)
+    assert to_run(tree) == NETWORKS
+    ci.write(["devices"], tree)
     assert to_run(tree) == SECOND
     ci.write(["python312"], tree)
     assert to_run(tree) == NONE
@@ -173,7 +178,7 @@ def run_ci(tree):
     return run
 
 
-IGNORED = "--ignore=tests/test_ptx_emulator.py"
+IGNORED = "--ignore=tests/test_ptx_emulator.py --ignore=tests/test_device_programs.py"
 
 
 @pytest.mark.once
@@ -181,7 +186,8 @@ def test_what_has_not_changed_is_skipped_in_a_line_each(run_ci, tree):
     status, out, calls = run_ci()
     assert status == 0 and len(calls) == 1 and calls[0].startswith(".venv ") and calls[0].endswith(IGNORED)
     assert [line.split(",")[0] for line in out.splitlines() if "skipped" in line] == [
-        ".ci/run: the emulated kernels are skipped",
+        ".ci/run: the part emulator is skipped",
+        ".ci/run: the part devices is skipped",
         ".ci/run: Python 3.12 is skipped",
     ]
     (tree / "vq4dit_jax/main.py").write_text("another")
@@ -199,7 +205,7 @@ def test_a_changed_kernel_and_ci_full_run_everything(run_ci, tree):
     for status, out, calls in (changed, run_ci(CI_FULL="1")):
         assert status == 0 and [call.split()[0] for call in calls] == [".venv", ".venv312"]
         assert not any("--ignore" in call for call in calls)
-        assert "skipped" not in out and out.splitlines()[-1].endswith("--write emulator python312")
+        assert "skipped" not in out and out.splitlines()[-1].endswith("--write emulator devices python312")
 
 
 @pytest.mark.once
