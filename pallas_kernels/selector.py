@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import tiles
+from pallas_kernels import hadamard, tiles
 from pallas_kernels.operand import Operand
 from pallas_kernels.tiles import Tile
 from pallas_kernels.weights import NibbleWeights, Weights
@@ -158,11 +158,42 @@ def norm(facts: Facts, width: int, tokens: int, x_dtype: Any, operand: Operand |
     """For LayerNorm, modulation and quantization of images of `tokens` tokens, with the operand of what reads them."""
     if reason := _not_hopper(facts):
         return Choice("xla", reason)
-    if operand is not None:
-        return Choice("xla", "the Linear's operand is scaled, centred or rotated: the kernel has no such form yet")
+    if operand is not None and operand.has_vectors:
+        return Choice(
+            "xla", "the Linear's operand is scaled or centred: `networks.fold` puts that into what comes before"
+        )
     if x_dtype != jnp.bfloat16 or width % 64 or width > 3072 or tokens < 4:
         return Choice("xla", f"{jnp.dtype(x_dtype).name} ({tokens} tokens, D={width}): wanted bfloat16, D % 64 == 0")
-    return Choice("mosaic", f"{facts.name}: one pass, a token a warp")
+    if operand is None:
+        return Choice("mosaic", f"{facts.name}: one pass, a token a warp")
+    if reason := _no_rotation(operand.rotation, width):
+        return Choice("xla", reason)
+    return Choice("mosaic", f"{facts.name}: one pass, a token a warp, rotated in groups of {operand.rotation}")
+
+
+def rotation(facts: Facts, shape: tuple[int, int], x_dtype: Any, operand: Operand) -> Choice:
+    """For the rotation and quantization of rows (M, D), where no norm does it."""
+    if reason := _not_hopper(facts):
+        return Choice("xla", reason)
+    count, width = shape
+    if operand.has_vectors or x_dtype != jnp.bfloat16 or width > 4608 or count < 4:
+        what = "scaled or centred" if operand.has_vectors else jnp.dtype(x_dtype).name
+        return Choice(
+            "xla", f"{what} (M={count}, D={width}): wanted bfloat16 rows, 4 or more, of up to 4608, a rotation alone"
+        )
+    if reason := _no_rotation(operand.rotation, width):
+        return Choice("xla", reason)
+    return Choice("mosaic", f"{facts.name}: one pass, a token a warp, rotated in groups of {operand.rotation}")
+
+
+def _no_rotation(rotation: int, width: int) -> str | None:
+    """The reason why the kernels have no rotation of such rows, or None."""
+    if hadamard.fits_warp(rotation, width):
+        return None
+    return (
+        f"rotation in groups of {rotation}, D={width}: the kernels have groups of 16, 64 or 256 where they and 64 divide D, "
+        f"and of 144 or 576 where {hadamard.ROW_OF_36} does"
+    )
 
 
 def attention(facts: Facts, head_size: int, dtype: Any) -> Choice:

@@ -1,6 +1,7 @@
 """What runs on which GPU: the selector's choices for each form of a prepared network, and that XLA compiles what was chosen."""
 
 import collections
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from benchmarks.aot.hlo import products
 from benchmarks.aot.steps import FORMS
 from benchmarks.aot.targets import TARGETS
 from pallas_kernels import ops, selector
+from pallas_kernels.operand import Operand
 from pallas_kernels.weights import ByteWeights, PreparedLinear
 from vq4dit_jax.networks.dit import DiT
 from vq4dit_jax.networks.explain import explain_kernels
@@ -133,6 +135,29 @@ def test_operands_in_the_wider_dtype_have_the_products_of_the_values_themselves(
     assert found.dtype == jnp.bfloat16
     # A bfloat16 has 8 bits, so half of its last place is up to 2**-8 of the value.
     np.testing.assert_allclose(*exact(found), wanted, rtol=2**-7.9, atol=1e-5 * np.abs(wanted).max())
+
+
+def test_rotations_are_explained_where_they_run(capsys):
+    """By the norms, and behind attention and GELU; of a norm that is not as the other one a line of its own."""
+    blocks = steps.shapes_of(MODEL, steps.Form("int8", "int8", rotation=64))["blocks"]
+    other = dataclasses.replace(blocks, fc1=dataclasses.replace(blocks.fc1, operand=Operand(rotation=192)))
+    with selector.assume(selector.H200):
+        texts = [explain_kernels(MODEL, 2, {"blocks": each}) for each in (blocks, other)]
+    capsys.readouterr()
+    alike, apart = (
+        {line[2:22].strip(): line[23:].split(maxsplit=1) for line in text.splitlines()[1:]} for text in texts
+    )
+    rotated = ["mosaic", "NVIDIA H200: one pass, a token a warp, rotated in groups of 64"]
+    assert (
+        alike["norm, modulate"]
+        == alike["rotate for proj"]
+        == alike["rotate for fc2"]
+        == apart["norm for qkv"]
+        == rotated
+    )
+    implementation, reason = apart["norm for fc1"]
+    assert implementation == "xla" and reason.startswith("rotation in groups of 192, D=192: the kernels have groups of")
+    assert list(alike)[2:] == ["qkv", "attention", "rotate for proj", "proj", "fc1", "rotate for fc2", "fc2"]
 
 
 def test_a_fall_back_is_explained(capsys):

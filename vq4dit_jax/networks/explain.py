@@ -16,6 +16,7 @@ from vq4dit_jax.qarray.parts import parts_of
 from vq4dit_jax.qarray.rules import BITS
 
 _ROWS = ("adaLN of all blocks", "norm, modulate", "qkv", "attention", "proj", "fc1", "fc2")
+"""Of blocks without operands."""
 
 
 def explain_kernels(
@@ -73,16 +74,26 @@ def choices(model: DiT, batch: int, run: PreparedBlocks, facts: selector.Facts) 
         size = 2 if linear.result_scale is None else 1
         return selector.product(facts, linear.weights, rows, result_bytes=size, image_tokens=tokens if gate else 0)
 
-    found = (
-        product(run.modulation, batch),
-        selector.norm(facts, width, tokens, jnp.dtype(jnp.bfloat16)),
-        product(run.qkv),
-        selector.fused_attention(facts, width // model.num_heads, model.num_heads, tokens),
-        product(run.proj, gate=True),
-        product(run.fc1),
-        product(run.fc2, gate=True),
+    bf16 = jnp.dtype(jnp.bfloat16)
+    norms = [selector.norm(facts, width, tokens, bf16, linear.operand) for linear in (run.qkv, run.fc1)]
+    alike = norms[0] == norms[1]
+    rotation = lambda name, linear: (
+        {f"rotate for {name}": selector.rotation(facts, (rows, linear.weights.columns), bf16, linear.operand)}
+        if linear.operand
+        else {}
     )
-    return dict(zip(_ROWS, found, strict=True))
+    return {
+        "adaLN of all blocks": product(run.modulation, batch),
+        "norm, modulate" if alike else "norm for qkv": norms[0],
+        "qkv": product(run.qkv),
+        "attention": selector.fused_attention(facts, width // model.num_heads, model.num_heads, tokens),
+        **rotation("proj", run.proj),
+        "proj": product(run.proj, gate=True),
+        **({} if alike else {"norm for fc1": norms[1]}),
+        "fc1": product(run.fc1),
+        **rotation("fc2", run.fc2),
+        "fc2": product(run.fc2, gate=True),
+    }
 
 
 def _plain(model: DiT, run: Any, facts: selector.Facts) -> dict[str, Choice]:
