@@ -49,7 +49,8 @@ def prepare_for_inference(
       weights: "int8" (a scale for each row: W8A8) or "int4" (a scale for each row and 128 inputs: W4A8), rounded to the
         nearest on symmetric grids (`integer.grids`), with `activations` of "int8"; ViDiT-Q, arXiv 2406.02540.
       ranges: of `activation_ranges`; then what proj and fc2 read is quantized where it is made, with a fixed scale for
-        each layer. Without them it is written in bfloat16 and read again, to quantize by token.
+        each layer. Without them, or where a layer rotates what it reads, it is written in bfloat16 and read again, to
+        quantize by token.
 
     Everything outside the blocks becomes bfloat16. The result is for running only: it is no format, files hold `params`.
     Raises InputError where a combination has no form, or blocks are not those of a DiT.
