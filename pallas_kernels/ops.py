@@ -127,13 +127,13 @@ def rotate_quantize(
     x: Float[Array, "M D"], operand: Operand | None, dtype: Any
 ) -> tuple[Num[Array, "M D"], Float32[Array, " M"] | None]:
     """The rows x as a Linear with this operand, a rotation or None, takes them: (values in `dtype`, token scales or None)."""
-    if operand is None:
-        return quantize_tokens(x, dtype)
-    if selector.rotation(selector.facts(), x.shape, x.dtype, operand).implementation == "xla":
+    if operand is None and jnp.dtype(dtype).itemsize == 2:
+        return x.astype(dtype), None
+    if selector.rows(selector.facts(), x.shape, x.dtype, operand).implementation == "xla":
         run = reference_norm.rotate_quantize
     else:
         from pallas_kernels.mosaic.rotate_quantize import rotate_quantize as run
-    out = run(x, rotation=operand.rotation, dtype=dtype)
+    out = run(x, rotation=0 if operand is None else operand.rotation, dtype=dtype)
     return out if isinstance(out, tuple) else (out, None)
 
 

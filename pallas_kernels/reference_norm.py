@@ -29,10 +29,10 @@ def quantize_tokens(x: Float[Array, "M D"], dtype: Any) -> tuple[Num[Array, "M D
 
 
 def rotate_quantize(
-    x: Float[Array, "M D"], *, rotation: int, dtype: Any
+    x: Float[Array, "M D"], *, rotation: int = 0, dtype: Any
 ) -> tuple[Num[Array, "M D"], Float[Array, " M"]] | Float[Array, "M D"]:
-    """Rows after a rotation (`operand.rotate`), quantized by token; with dtype bfloat16 rounded to it."""
-    z = rotate(x, rotation)
+    """Rows after a rotation (`operand.rotate`; 0: as they are), quantized by token; with dtype bfloat16 rounded to it."""
+    z = rotate(x, rotation) if rotation else x
     return z.astype(jnp.bfloat16) if jnp.dtype(dtype) == jnp.bfloat16 else quantize_tokens(z, dtype)
 
 

@@ -61,6 +61,8 @@ XLA does the same by itself to a plain product. It refuses, while it compiles, o
 `jax.nn` does in bfloat16. float16 would take a quarter less memory there, but not hold what is beyond 65504.
 """
 
+_VECTORS = "the Linear's operand is scaled or centred: `networks.fold` puts that into what comes before"
+
 _ASSUMED: contextvars.ContextVar[Facts | None] = contextvars.ContextVar("assumed", default=None)
 
 
@@ -159,40 +161,36 @@ def norm(facts: Facts, width: int, tokens: int, x_dtype: Any, operand: Operand |
     if reason := _not_hopper(facts):
         return Choice("xla", reason)
     if operand is not None and operand.has_vectors:
-        return Choice(
-            "xla", "the Linear's operand is scaled or centred: `networks.fold` puts that into what comes before"
-        )
+        return Choice("xla", _VECTORS)
     if x_dtype != jnp.bfloat16 or width % 64 or width > 3072 or tokens < 4:
         return Choice("xla", f"{jnp.dtype(x_dtype).name} ({tokens} tokens, D={width}): wanted bfloat16, D % 64 == 0")
-    if operand is None:
-        return Choice("mosaic", f"{facts.name}: one pass, a token a warp")
-    if reason := _no_rotation(operand.rotation, width):
-        return Choice("xla", reason)
-    return Choice("mosaic", f"{facts.name}: one pass, a token a warp, rotated in groups of {operand.rotation}")
+    return _by_warp(facts, width, operand)
 
 
-def rotation(facts: Facts, shape: tuple[int, int], x_dtype: Any, operand: Operand) -> Choice:
-    """For the rotation and quantization of rows (M, D), where no norm does it."""
+def rows(facts: Facts, shape: tuple[int, int], x_dtype: Any, operand: Operand | None = None) -> Choice:
+    """For the operand and the quantization by token of rows (M, D), where no norm does it."""
     if reason := _not_hopper(facts):
         return Choice("xla", reason)
     count, width = shape
-    if operand.has_vectors or x_dtype != jnp.bfloat16 or width > 4608 or count < 4:
-        what = "scaled or centred" if operand.has_vectors else jnp.dtype(x_dtype).name
-        return Choice(
-            "xla", f"{what} (M={count}, D={width}): wanted bfloat16 rows, 4 or more, of up to 4608, a rotation alone"
-        )
-    if reason := _no_rotation(operand.rotation, width):
-        return Choice("xla", reason)
-    return Choice("mosaic", f"{facts.name}: one pass, a token a warp, rotated in groups of {operand.rotation}")
+    if operand is not None and operand.has_vectors:
+        return Choice("xla", _VECTORS)
+    if x_dtype != jnp.bfloat16 or width % 64 or width > 4608 or count < 4:
+        what = f"{jnp.dtype(x_dtype).name} (M={count}, D={width})"
+        return Choice("xla", f"{what}: wanted bfloat16, 4 rows or more, D % 64 == 0, D up to 4608")
+    return _by_warp(facts, width, operand)
 
 
-def _no_rotation(rotation: int, width: int) -> str | None:
-    """The reason why the kernels have no rotation of such rows, or None."""
-    if hadamard.fits_warp(rotation, width):
-        return None
-    return (
-        f"rotation in groups of {rotation}, D={width}: the kernels have groups of 16, 64 or 256 where they and 64 divide D, "
-        f"and of 144 or 576 where {hadamard.ROW_OF_36} does"
+def _by_warp(facts: Facts, width: int, operand: Operand | None) -> Choice:
+    """For rows that lie in the registers of a warp."""
+    how = f"{facts.name}: one pass, a token a warp"
+    if operand is None:
+        return Choice("mosaic", how)
+    if hadamard.fits_warp(operand.rotation, width):
+        return Choice("mosaic", f"{how}, rotated in groups of {operand.rotation}")
+    return Choice(
+        "xla",
+        f"rotation in groups of {operand.rotation}, D={width}: the kernels have groups of 16, 64 or 256 where they divide D, "
+        f"and of 144 or 576 where {hadamard.ROW_OF_36} does",
     )
 
 

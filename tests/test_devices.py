@@ -43,10 +43,11 @@ def test_ranges_choose_nothing(form):
     for target in TARGETS.values():
         found = devices.told(MODEL, form, target.facts)
         bare = devices.told(MODEL, steps.Form(form.activations, form.weights), target.facts)
-        assert {name: choice.implementation for name, choice in found.items()} == {
-            name: choice.implementation for name, choice in bare.items()
-        }
-        assert [choice.operands for choice in found.values()] == [choice.operands for choice in bare.values()]
+        # Without them rows are quantized by a launch of its own.
+        own = {"quantize for proj", "quantize for fc2"}
+        assert set(bare) - set(found) == (own if form.ranges else set()) and set(found) <= set(bare)
+        for name, choice in found.items():
+            assert (choice.implementation, choice.operands) == (bare[name].implementation, bare[name].operands)
 
 
 def test_products_are_read_from_xlas_text():

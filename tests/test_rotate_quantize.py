@@ -18,12 +18,14 @@ from pallas_kernels.operand import Operand
 
 needs_compiler = pytest.mark.skipif(compiler.unavailable() is not None, reason=str(compiler.unavailable()))
 # Rows of proj and of fc2 of DiT-XL/2; a last program that overlaps its neighbour.
-CASES = [(5, 1152, 64, INT8), (4, 4608, 576, INT8), (6, 128, 16, E4M3), (4, 4608, 256, BF16)]
+CASES = [(5, 1152, 64, INT8), (5, 1152, 0, INT8), (4, 4608, 576, INT8), (6, 128, 16, E4M3), (4, 4608, 256, BF16)]
 
 
 def case(rows, width, rotation):
     rng = np.random.default_rng(rows)
     x = (rng.standard_normal((rows, width)) * rng.uniform(0.1, 30, (rows, 1))).astype(ml_dtypes.bfloat16)
+    if not rotation:
+        return x, x.astype(np.float64)
     matrix = hadamard.regular(rotation) / np.sqrt(rotation)
     return x, (x.astype(np.float64).reshape(-1, rotation) @ matrix).reshape(x.shape)
 
@@ -31,7 +33,7 @@ def case(rows, width, rotation):
 @pytest.mark.parametrize("rows, width, rotation, dtype", CASES)
 def test_the_operation_is_within_rounding_of_float64(rows, width, rotation, dtype):
     x, exact = case(rows, width, rotation)
-    out = ops.rotate_quantize(jnp.asarray(x), Operand(rotation=rotation), dtype)
+    out = ops.rotate_quantize(jnp.asarray(x), Operand(rotation=rotation) if rotation else None, dtype)
     check(out[0] if dtype == BF16 else out, exact, dtype)
     assert (out[1] is None) == (dtype == BF16)
 
@@ -64,7 +66,7 @@ def test_the_compiled_kernel_emulated_is_within_rounding_of_float64(rows, width,
 
 
 @needs_compiler
-@pytest.mark.parametrize("width, rotation", [(1152, 64), (1152, 576), (4608, 64), (4608, 576)])
+@pytest.mark.parametrize("width, rotation", [(1152, 64), (1152, 576), (4608, 64), (4608, 576), (4608, 0)])
 def test_compiled_for_dit_xl_it_is_one_launch_without_spills_and_barriers(width, rotation):
     kernel = functools.partial(rotate_quantize, rotation=rotation, dtype=INT8)
     compiled = compiler.compile(kernel, jax.ShapeDtypeStruct((4096, width), jnp.bfloat16))
@@ -75,7 +77,7 @@ def test_compiled_for_dit_xl_it_is_one_launch_without_spills_and_barriers(width,
 
 def test_what_a_warp_has_no_rotation_of_is_refused():
     for rows, width, rotation in ((3, 128, 64), (4, 128, 256), (4, 576, 576), (4, 1152, 36), (4, 96, 16)):
-        with pytest.raises(ValueError, match=f"rotation {rotation}: wanted 4 rows and a rotation that a warp has"):
+        with pytest.raises(ValueError, match=f"rotation {rotation}: wanted 4 rows, D % 64 == 0, and a rotation that"):
             rotate_quantize(jnp.zeros((rows, width), jnp.bfloat16), rotation=rotation, dtype=INT8)
     with pytest.raises(ValueError, match="dtype=int32: wanted int8, float8_e4m3fn"):
         rotate_quantize(jnp.zeros((4, 64), jnp.bfloat16), rotation=64, dtype=jnp.int32)

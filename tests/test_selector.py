@@ -118,13 +118,13 @@ def test_what_no_kernel_takes_goes_to_xla_and_the_reason_names_it():
 )
 def test_rotations_that_a_warp_has_run_in_the_kernels_and_the_reason_names_the_group(width, group):
     operand, where = Operand(rotation=group), f"rotated in groups of {group}"
-    found = [selector.rotation(selector.H200, (64, width), jnp.bfloat16, operand)]
+    found = [selector.rows(selector.H200, (64, width), jnp.bfloat16, operand)]
     if width <= 3072:
         found.append(selector.norm(selector.H200, width, 16, jnp.bfloat16, operand))
     for choice in found:
         assert choice == Choice("mosaic", f"NVIDIA H200: one pass, a token a warp, {where}")
     for device, reason in NOT_HOPPER.items():
-        assert selector.rotation(DEVICES[device], (64, width), jnp.bfloat16, operand) == Choice("xla", reason)
+        assert selector.rows(DEVICES[device], (64, width), jnp.bfloat16, operand) == Choice("xla", reason)
 
 
 def test_operands_that_no_kernel_takes_go_to_xla_and_the_reason_names_them():
@@ -133,19 +133,20 @@ def test_operands_that_no_kernel_takes_go_to_xla_and_the_reason_names_them():
     assert selector.norm(hopper, 1152, 256, bf16, vectors) == Choice(
         "xla", "the Linear's operand is scaled or centred: `networks.fold` puts that into what comes before"
     )
-    for width, group in ((1152, 256), (768, 576), (1152, 36), (96, 16)):
-        reason = selector.rotation(hopper, (64, width), bf16, Operand(rotation=group)).reason
+    for width, group in ((1152, 256), (768, 576), (1152, 36)):
+        reason = selector.rows(hopper, (64, width), bf16, Operand(rotation=group)).reason
         assert reason.startswith(f"rotation in groups of {group}, D={width}: the kernels have groups of")
-        if width != 96:
-            assert selector.norm(hopper, width, 256, bf16, Operand(rotation=group)) == Choice("xla", reason)
-    wanted = "wanted bfloat16 rows, 4 or more, of up to 4608, a rotation alone"
+        assert selector.norm(hopper, width, 256, bf16, Operand(rotation=group)) == Choice("xla", reason)
+    assert selector.rows(hopper, (64, 1152), bf16, vectors) == selector.norm(hopper, 1152, 256, bf16, vectors)
+    assert selector.rows(hopper, (64, 1152), bf16) == Choice("mosaic", "NVIDIA H200: one pass, a token a warp")
+    wanted = "wanted bfloat16, 4 rows or more, D % 64 == 0, D up to 4608"
     for shape, dtype, operand, what in (
-        ((64, 1152), bf16, vectors, "scaled or centred (M=64, D=1152)"),
+        ((64, 96), bf16, Operand(rotation=16), "bfloat16 (M=64, D=96)"),
         ((64, 1152), jnp.float32, rotated, "float32 (M=64, D=1152)"),
         ((3, 1152), bf16, rotated, "bfloat16 (M=3, D=1152)"),
         ((64, 9216), bf16, rotated, "bfloat16 (M=64, D=9216)"),
     ):
-        assert selector.rotation(hopper, shape, dtype, operand) == Choice("xla", f"{what}: {wanted}")
+        assert selector.rows(hopper, shape, dtype, operand) == Choice("xla", f"{what}: {wanted}")
 
 
 def test_attention_is_cudnns_where_it_can_be():

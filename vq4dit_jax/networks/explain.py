@@ -62,6 +62,7 @@ def _blocks(model: DiT, bits: float | int, activations: str | None) -> PreparedB
         proj=linear(width, width),
         fc1=linear(hidden, width, paired=activations is not None),
         fc2=linear(width, hidden),
+        attention_scale=None if activations is None else jax.ShapeDtypeStruct((depth,), jnp.float32),
     )
 
 
@@ -77,21 +78,24 @@ def choices(model: DiT, batch: int, run: PreparedBlocks, facts: selector.Facts) 
     bf16 = jnp.dtype(jnp.bfloat16)
     norms = [selector.norm(facts, width, tokens, bf16, linear.operand) for linear in (run.qkv, run.fc1)]
     alike = norms[0] == norms[1]
-    rotation = lambda name, linear: (
-        {f"rotate for {name}": selector.rotation(facts, (rows, linear.weights.columns), bf16, linear.operand)}
-        if linear.operand
-        else {}
-    )
+
+    def by_token(name: str, linear: PreparedLinear, fixed: Any) -> dict[str, Choice]:
+        """Of the launch behind attention or GELU, where there is one."""
+        if fixed is not None or (linear.operand is None and jnp.dtype(run.operand_dtype).itemsize == 2):
+            return {}
+        choice = selector.rows(facts, (rows, linear.weights.columns), bf16, linear.operand)
+        return {f"{'rotate' if linear.operand else 'quantize'} for {name}": choice}
+
     return {
         "adaLN of all blocks": product(run.modulation, batch),
         "norm, modulate" if alike else "norm for qkv": norms[0],
         "qkv": product(run.qkv),
         "attention": selector.fused_attention(facts, width // model.num_heads, model.num_heads, tokens),
-        **rotation("proj", run.proj),
+        **by_token("proj", run.proj, run.attention_scale),
         "proj": product(run.proj, gate=True),
         **({} if alike else {"norm for fc1": norms[1]}),
         "fc1": product(run.fc1),
-        **rotation("fc2", run.fc2),
+        **by_token("fc2", run.fc2, run.fc1.result_scale),
         "fc2": product(run.fc2, gate=True),
     }
 
