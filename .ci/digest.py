@@ -45,6 +45,7 @@ PARTS = {
             "benchmarks/record.py",
             "tests/ptx/*.py",
             "tests/product_cases.py",
+            "tests/row_cases.py",
             CONSTRAINTS,
         ),
         tests=(
@@ -55,10 +56,11 @@ PARTS = {
             "tests/test_ln_modulate_quantize.py",
             "tests/test_product_kernels.py",
             "tests/test_ptx_*.py",
+            "tests/test_rotate_quantize.py",
             "tests/test_soft_kernels.py",
         ),
     ),
-    # Sampler steps of every form of a prepared network, compiled for six GPUs: four minutes of a core.
+    # Sampler steps of every form of a prepared network, compiled for six GPUs, and launches of a block: five minutes of a core.
     "devices": Part(
         covers=(
             "pallas_kernels/**/*.py",
@@ -69,7 +71,7 @@ PARTS = {
             "vq4dit_jax/qarray/*.py",
             CONSTRAINTS,
         ),
-        tests=("tests/test_device_programs.py",),
+        tests=("tests/test_device_programs.py", "tests/test_launches.py"),
     ),
     # On the second Python, with another jax, what is looked for is calls that do not exist or mean something else. They stand in
     # the packages. The tests themselves are run on the first Python, whatever has changed.

@@ -9,15 +9,20 @@ from jaxtyping import Array, Int, Num, Shaped
 
 from pallas_kernels.weights import unpair_rows
 
+ROW_VECTORS = ("row_scale", "bias", "after_scale", "after_shift")
+"""Fields of `Epilogue` with a number for each row of W, in the order of the packed rows."""
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Epilogue:
-    """y = cast(gate * gelu(acc * row_scale * token_scale + bias)) + residual, or quantize(gelu(...) / out_scale).
+    """y = gelu(acc * row_scale * token_scale + bias) * after_scale + after_shift, then cast(gate * y) + residual, or
+    quantize(y / out_scale).
 
     Operands that are None are left out. Letters: L layers of a stack, M tokens, O output features, B images.
     Invariants:
-      * `bias` (L, O) float; `row_scale` (L, O) float32; `token_scale` (M,) float32; `residual` (M, O).
+      * `bias` (L, O) float; `row_scale`, `after_scale`, `after_shift` (L, O) float32; `token_scale` (M,) float32;
+        `residual` (M, O).
       * `modulation` (>= B, C): the gate of image b and layer l is `modulation[b, l * gate_stride + gate_offset :][:O]`, and
         token m belongs to image m // tokens.
       * `out_scale` (L,) float32 goes with an 8-bit `dtype` alone, and excludes gate and residual: integers are rounded to
@@ -30,6 +35,8 @@ class Epilogue:
     modulation: Any = None
     residual: Any = None
     out_scale: Any = None
+    after_scale: Any = None
+    after_shift: Any = None
     gelu: bool = dataclasses.field(default=False, metadata={"static": True})
     tokens: int = dataclasses.field(default=1, metadata={"static": True})
     gate_stride: int = dataclasses.field(default=0, metadata={"static": True})
@@ -45,8 +52,8 @@ class Epilogue:
 
 def unpaired(epilogue: Epilogue) -> Epilogue:
     """The epilogue for sums in W's own row order, made from one whose vectors are in the order of `paired_rows`."""
-    natural = lambda v: None if v is None else unpair_rows(v)
-    return dataclasses.replace(epilogue, bias=natural(epilogue.bias), row_scale=natural(epilogue.row_scale))
+    vectors = {name: getattr(epilogue, name) for name in ROW_VECTORS}
+    return dataclasses.replace(epilogue, **{name: v if v is None else unpair_rows(v) for name, v in vectors.items()})
 
 
 def saturate(x: Num[Array, "..."], dtype: jax.typing.DTypeLike) -> Shaped[Array, "..."]:
@@ -70,6 +77,10 @@ def apply(acc: Num[Array, "M O"], epilogue: Epilogue, layer: Int[Array, ""]) -> 
         y = y + e.bias[layer].astype(jnp.float32)[None, :]
     if e.gelu:
         y = jax.nn.gelu(y, approximate=True)
+    if e.after_scale is not None:
+        y = y * e.after_scale[layer][None, :]
+    if e.after_shift is not None:
+        y = y + e.after_shift[layer][None, :]
     if e.out_scale is not None:
         return saturate(y / e.out_scale[layer], e.dtype)
     if e.modulation is not None:

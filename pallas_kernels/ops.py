@@ -37,6 +37,8 @@ def linear(
         row_scale=prepared.row_scale,
         token_scale=token_scale,
         out_scale=prepared.result_scale,
+        after_scale=prepared.after_scale,
+        after_shift=prepared.after_shift,
         **finish,
     )
     choice = selector.product(
@@ -104,16 +106,34 @@ def norm(
     stride: int,
     offsets: tuple[int, int],
     eps: float,
+    factors: bool = False,
     operand: Operand | None = None,
 ) -> tuple[Num[Array, "M D"], Float32[Array, " M"] | None]:
     """LayerNorm, modulation by (shift, scale) at `offsets`, the `operand` of the Linear that reads it, and for 8-bit dtypes
-    quantization: (values, token scales)."""
+    quantization: (values, token scales). `factors`: the scales are whole factors, 1 included."""
     choice = selector.norm(selector.facts(), x.shape[1], tokens, x.dtype, operand)
     if choice.implementation == "xla":
         run = functools.partial(reference_norm.ln_modulate_quantize, operand=operand)
     else:
-        from pallas_kernels.mosaic.ln_modulate_quantize import ln_modulate_quantize as run
-    out = run(x, modulation, layer, tokens=tokens, dtype=dtype, stride=stride, offsets=offsets, eps=eps)
+        from pallas_kernels.mosaic.ln_modulate_quantize import ln_modulate_quantize
+
+        run = functools.partial(ln_modulate_quantize, rotation=0 if operand is None else operand.rotation)
+    where = dict(tokens=tokens, stride=stride, offsets=offsets)
+    out = run(x, modulation, layer, dtype=dtype, eps=eps, factors=factors, **where)
+    return out if isinstance(out, tuple) else (out, None)
+
+
+def rotate_quantize(
+    x: Float[Array, "M D"], operand: Operand | None, dtype: Any
+) -> tuple[Num[Array, "M D"], Float32[Array, " M"] | None]:
+    """The rows x as a Linear with this operand, a rotation or None, takes them: (values in `dtype`, token scales or None)."""
+    if operand is None and jnp.dtype(dtype).itemsize == 2:
+        return x.astype(dtype), None
+    if selector.rows(selector.facts(), x.shape, x.dtype, operand).implementation == "xla":
+        run = reference_norm.rotate_quantize
+    else:
+        from pallas_kernels.mosaic.rotate_quantize import rotate_quantize as run
+    out = run(x, rotation=0 if operand is None else operand.rotation, dtype=dtype)
     return out if isinstance(out, tuple) else (out, None)
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Num
 
 from pallas_kernels.epilogue import saturate
-from pallas_kernels.operand import Operand, move
+from pallas_kernels.operand import Operand, move, rotate
 
 SMALLEST_TOKEN_SCALE = 1e-8
 """Keeps the scale of a token of zeros away from 0."""
@@ -28,6 +28,14 @@ def quantize_tokens(x: Float[Array, "M D"], dtype: Any) -> tuple[Num[Array, "M D
     return saturate(wide * (1 / scale)[:, None], dtype), scale
 
 
+def rotate_quantize(
+    x: Float[Array, "M D"], *, rotation: int = 0, dtype: Any
+) -> tuple[Num[Array, "M D"], Float[Array, " M"]] | Float[Array, "M D"]:
+    """Rows after a rotation (`operand.rotate`; 0: as they are), quantized by token; with dtype bfloat16 rounded to it."""
+    z = rotate(x, rotation) if rotation else x
+    return z.astype(jnp.bfloat16) if jnp.dtype(dtype) == jnp.bfloat16 else quantize_tokens(z, dtype)
+
+
 def ln_modulate_quantize(
     x: Float[Array, "M D"],
     modulation: Float[Array, "B C"],
@@ -38,6 +46,7 @@ def ln_modulate_quantize(
     stride: int,
     offsets: tuple[int, int],
     eps: float = 1e-6,
+    factors: bool = False,
     operand: Operand | None = None,
 ) -> tuple[Num[Array, "M D"], Float[Array, " M"]] | Float[Array, "M D"]:
     """LayerNorm without weights, times (1 + scale), plus shift, and each token quantized symmetrically to 8 bits.
@@ -45,6 +54,7 @@ def ln_modulate_quantize(
         v = (x - mean x) / sqrt(mean (x - mean x)^2 + eps) * (1 + scale) + shift
         s = max(max |v| / limit, 1e-8)    q = round_half_even(v / s)
 
+    or with `factors` times scale in place of (1 + scale),
     with limit 127 for int8 and 448, the largest number, for float8_e4m3fn. All of it is computed in float32.
 
     x (M, D) holds `tokens` consecutive rows of each image. `modulation` holds the shifts and scales of all layers of
@@ -61,7 +71,8 @@ def ln_modulate_quantize(
     wide = x.astype(jnp.float32).reshape(images, tokens, width)
     centred = wide - wide.mean(-1, keepdims=True)
     normed = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + eps)
-    v = (normed * (1.0 + per_image(offsets[1])) + per_image(offsets[0])).reshape(rows, width)
+    factor = per_image(offsets[1]) if factors else 1.0 + per_image(offsets[1])
+    v = (normed * factor + per_image(offsets[0])).reshape(rows, width)
     v = move(v, operand, layer)
     if jnp.dtype(dtype) == jnp.bfloat16:
         return v.astype(jnp.bfloat16)

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import tiles
+from pallas_kernels import hadamard, tiles
 from pallas_kernels.operand import Operand
 from pallas_kernels.tiles import Tile
 from pallas_kernels.weights import NibbleWeights, Weights
@@ -60,6 +60,8 @@ _OWN_PRODUCTS = {
 XLA does the same by itself to a plain product. It refuses, while it compiles, one that names its algorithm, as attention of
 `jax.nn` does in bfloat16. float16 would take a quarter less memory there, but not hold what is beyond 65504.
 """
+
+_VECTORS = "the Linear's operand is scaled or centred: `networks.fold` puts that into what comes before"
 
 _ASSUMED: contextvars.ContextVar[Facts | None] = contextvars.ContextVar("assumed", default=None)
 
@@ -158,11 +160,38 @@ def norm(facts: Facts, width: int, tokens: int, x_dtype: Any, operand: Operand |
     """For LayerNorm, modulation and quantization of images of `tokens` tokens, with the operand of what reads them."""
     if reason := _not_hopper(facts):
         return Choice("xla", reason)
-    if operand is not None:
-        return Choice("xla", "the Linear's operand is scaled, centred or rotated: the kernel has no such form yet")
+    if operand is not None and operand.has_vectors:
+        return Choice("xla", _VECTORS)
     if x_dtype != jnp.bfloat16 or width % 64 or width > 3072 or tokens < 4:
         return Choice("xla", f"{jnp.dtype(x_dtype).name} ({tokens} tokens, D={width}): wanted bfloat16, D % 64 == 0")
-    return Choice("mosaic", f"{facts.name}: one pass, a token a warp")
+    return _by_warp(facts, width, operand)
+
+
+def rows(facts: Facts, shape: tuple[int, int], x_dtype: Any, operand: Operand | None = None) -> Choice:
+    """For the operand and the quantization by token of rows (M, D), where no norm does it."""
+    if reason := _not_hopper(facts):
+        return Choice("xla", reason)
+    count, width = shape
+    if operand is not None and operand.has_vectors:
+        return Choice("xla", _VECTORS)
+    if x_dtype != jnp.bfloat16 or width % 64 or width > 4608 or count < 4:
+        what = f"{jnp.dtype(x_dtype).name} (M={count}, D={width})"
+        return Choice("xla", f"{what}: wanted bfloat16, 4 rows or more, D % 64 == 0, D up to 4608")
+    return _by_warp(facts, width, operand)
+
+
+def _by_warp(facts: Facts, width: int, operand: Operand | None) -> Choice:
+    """For rows that lie in the registers of a warp."""
+    how = f"{facts.name}: one pass, a token a warp"
+    if operand is None:
+        return Choice("mosaic", how)
+    if hadamard.fits_warp(operand.rotation, width):
+        return Choice("mosaic", f"{how}, rotated in groups of {operand.rotation}")
+    return Choice(
+        "xla",
+        f"rotation in groups of {operand.rotation}, D={width}: the kernels have groups of 16, 64 or 256 where they divide D, "
+        f"and of 144 or 576 where {hadamard.ROW_OF_36} does",
+    )
 
 
 def attention(facts: Facts, head_size: int, dtype: Any) -> Choice:

@@ -222,9 +222,9 @@ def _replicas(order: FragmentOrder, table_bytes: int) -> int:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PreparedLinear:
-    """Weights, and the epilogue's vectors: `bias` (L, O) or None, `row_scale` (L, O) float32 or None.
+    """Weights, and the epilogue's vectors: `bias` (L, O), and `row_scale`, `after_scale`, `after_shift` (L, O) float32, or None.
 
-    Both in the order of the packed rows; `result_scale` (L,) float32 where the result is quantized for the next layer, else None.
+    All in the order of the packed rows; `result_scale` (L,) float32 where the result is quantized for the next layer, else None.
     `operand`: an `operand.Operand` that the rows go through before they are rounded, or None.
     """
 
@@ -233,3 +233,5 @@ class PreparedLinear:
     row_scale: Any = None
     result_scale: Any = None
     operand: Any = None
+    after_scale: Any = None
+    after_shift: Any = None

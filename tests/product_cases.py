@@ -20,7 +20,7 @@ class Case:
     """What differs between products. Letters as everywhere; `weights` is "vq", "bytes" or "nibbles".
 
     `image_tokens` is not 0 where there is a gate, with a residual and images of so many tokens; `table_bytes` is what the
-    replicated codebook may fill; with an 8-bit `result` rows are paired.
+    replicated codebook may fill; with an 8-bit `result` rows are paired; with `after` a scale and a shift follow GELU.
     """
 
     tokens: int = 32
@@ -41,6 +41,7 @@ class Case:
     image_tokens: int = 0
     result: Any = BF16
     seed: int = 0
+    after: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +105,14 @@ def make(case: Case) -> Product:
     gated, largest = np.zeros_like(y), np.abs(y).max()
     if case.gelu:
         y = 0.5 * y * (1 + np.tanh(np.sqrt(2 / np.pi) * (y + 0.044715 * y**3)))
+    if case.after:
+        own = {
+            name: rng.uniform(0.25, 1, (case.layers, case.rows)).astype(np.float32)
+            for name in ("after_scale", "after_shift")
+        }
+        y = y * wide(own["after_scale"])[case.layer] + wide(own["after_shift"])[case.layer]
+        vectors |= {name: pair_rows(v) if paired else v for name, v in own.items()}
+        largest = max(largest, np.abs(y).max())
     if case.image_tokens:
         images = case.tokens // case.image_tokens
         # Two chunks a layer, of which the second is the gate; a row more than images.

@@ -33,6 +33,7 @@ CASES = {
     "e4m3-d8-to-e4m3": Case(tokens=16, dtype=E4M3, length=8, tile=Tile(16, 2, 1, 2), scales=True, result=E4M3),
     "e4m3-d2": Case(tokens=16, rows=64, dtype=E4M3, length=2, tile=Tile(16, 1, 1, 2), scales=True),
     "bytes-int8-to-int8": Case(tokens=24, weights="bytes", dtype=INT8, scales=True, gelu=True, result=INT8),
+    "bytes-after-gelu-to-int8": Case(tokens=16, weights="bytes", dtype=INT8, gelu=True, result=INT8, after=True),
     "bytes-e4m3": Case(tokens=16, weights="bytes", dtype=E4M3, scales=True, tile=Tile(16, 1, 2, 2)),
     "nibbles": Case(tokens=24, weights="nibbles", dtype=INT8, columns=256),
     "nibbles-to-int8": Case(tokens=16, weights="nibbles", dtype=INT8, tile=Tile(16, 2, 1, 2), result=INT8),

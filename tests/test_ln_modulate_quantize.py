@@ -10,14 +10,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ptx import emulate
+from row_cases import BF16, E4M3, INT8, check
 
 from benchmarks.aot import compiler
 from pallas_kernels import reference_norm
+from pallas_kernels.hadamard import regular
 from pallas_kernels.mosaic import compat
 from pallas_kernels.mosaic import ln_modulate_quantize as mosaic
+from pallas_kernels.operand import Operand
 from vq4dit_jax.networks import layers
 
-INT8, E4M3, BF16 = jnp.int8, jnp.float8_e4m3fn, jnp.bfloat16
 needs_compiler = pytest.mark.skipif(compiler.unavailable() is not None, reason=str(compiler.unavailable()))
 
 
@@ -30,33 +32,19 @@ def case(seed, images, tokens, width, layers=2, padding=1):
     return x, modulation, np.array([layers - 1], np.int32), where
 
 
-def exact(x, modulation, layer, tokens, stride, offsets, eps=1e-6):
+def exact(x, modulation, layer, tokens, stride, offsets, eps=1e-6, rotation=0, factors=False):
     """v in float64."""
     wide = x.astype(np.float64)
     normed = (wide - wide.mean(1, keepdims=True)) / np.sqrt(wide.var(1, keepdims=True) + eps)
     image = np.arange(len(x)) // tokens
     firsts = (layer[0] * stride + offset for offset in offsets)
     shift, scale = (modulation[image, first : first + x.shape[1]].astype(np.float64) for first in firsts)
-    return normed * (1 + scale) + shift
+    v = normed * (scale if factors else 1 + scale) + shift
+    return v if not rotation else (v.reshape(-1, rotation) @ (regular(rotation) / np.sqrt(rotation))).reshape(v.shape)
 
 
 def run(function, arrays, **options):
     return jax.jit(functools.partial(function, **options))(*arrays)
-
-
-def check(out, v, dtype):
-    """Every number of `out` lies within the rounding of `dtype` of the float64 values."""
-    if dtype == BF16:
-        np.testing.assert_allclose(np.asarray(out, np.float64), v, rtol=2**-8, atol=2e-5)
-        return
-    q, token_scale = (np.asarray(a) for a in out)
-    limit = {INT8: 127, E4M3: 448}[dtype]
-    np.testing.assert_allclose(token_scale, np.abs(v).max(1) / limit, rtol=1e-5)
-    got, step = q.astype(np.float64) * token_scale[:, None], token_scale[:, None].astype(np.float64)
-    # int8: half a step. e4m3: four bits of significand, and 2^-9 between the smallest numbers.
-    half_step = step / 2 if dtype == INT8 else np.maximum(np.abs(v) * 2**-4, step * 2**-10)
-    assert (np.abs(got - v) <= half_step * 1.001 + 2e-5).all()
-    assert (np.abs(q.astype(np.float64)).max(1) == limit).all()
 
 
 @settings(max_examples=12)
@@ -122,6 +110,24 @@ def test_the_kernel_interpreted_is_within_rounding_of_float64(dtype, images, tok
     check(out, exact(*arrays, tokens, **where), dtype)
 
 
+# Orders 4^k with vectors of 2, 4 and 8 numbers, and 36 * 4^k.
+ROTATIONS = [(64, 16, INT8), (384, 64, E4M3), (256, 256, BF16), (1152, 64, INT8), (1152, 144, BF16), (1152, 576, INT8)]
+
+
+@pytest.mark.parametrize("width, rotation, dtype", ROTATIONS[::2])
+def test_the_kernel_with_a_rotation_interpreted_is_within_rounding_of_float64(width, rotation, dtype):
+    *arrays, where = case(7, 1, 4, width)
+    how = dict(tokens=4, **where, rotation=rotation, factors=True)
+    out = run(mosaic.ln_modulate_quantize, arrays, dtype=dtype, interpret=compat.interpret_params(), **how)
+    check(out, exact(*arrays, **how), dtype)
+
+
+def test_the_reference_rotates_as_float64_does():
+    *arrays, where = case(8, 2, 3, 1152)
+    out = run(reference_norm.ln_modulate_quantize, arrays, tokens=3, dtype=INT8, operand=Operand(rotation=576), **where)
+    check(out, exact(*arrays, 3, rotation=576, **where), INT8)
+
+
 def test_the_layer_is_read_when_the_kernel_runs():
     x, modulation, layer, where = case(4, 1, 4, 64)
     interpret = compat.interpret_params()
@@ -140,6 +146,9 @@ def test_shapes_and_dtypes_that_the_kernel_does_not_take_are_refused():
     for tokens, width in ((3, 64), (2, 64), (4, 48)):
         with pytest.raises(ValueError, match="wanted D a multiple of 64, at least 4 tokens and whole images"):
             mosaic.ln_modulate_quantize(x[:, :width], modulation, layer, tokens=tokens, dtype=INT8, **where)
+    for rotation in (8, 36, 256, 576):
+        with pytest.raises(ValueError, match=f"a warp has no rotation in groups of {rotation} of such rows"):
+            mosaic.ln_modulate_quantize(x, modulation, layer, tokens=4, dtype=INT8, rotation=rotation, **where)
 
 
 # Vectors of 2, 4 and 8 numbers; D = 1152 is DiT-XL's.
@@ -155,6 +164,34 @@ def test_the_compiled_kernel_emulated_is_within_rounding_of_float64(dtype, image
     kernel = functools.partial(mosaic.ln_modulate_quantize, tokens=tokens, dtype=dtype, **where)
     out = emulate(kernel, arrays, results)
     check(out[0] if dtype == BF16 else out, exact(*arrays, tokens, **where), dtype)
+
+
+@needs_compiler
+@pytest.mark.parametrize("width, rotation, dtype", ROTATIONS)
+def test_the_compiled_kernel_with_a_rotation_emulated_is_within_rounding_of_float64(width, rotation, dtype):
+    *arrays, where = case(9, 1, 5, width)
+    results = [jax.ShapeDtypeStruct((5, width), dtype)]
+    if dtype != BF16:
+        results.append(jax.ShapeDtypeStruct((5,), jnp.float32))
+    how = dict(tokens=5, **where, rotation=rotation, factors=True)
+    out = emulate(functools.partial(mosaic.ln_modulate_quantize, dtype=dtype, **how), arrays, results)
+    check(out[0] if dtype == BF16 else out, exact(*arrays, **how), dtype)
+
+
+# Five shuffles each of two sums and a maximum. In a rotation a number takes two for each stage of order 4 in other lanes, half of
+# one where the stage begins in its register; the 36 of order 36 take 24.
+@needs_compiler
+@pytest.mark.parametrize("rotation, shuffles", [(64, 36 * 4), (576, 24 + 36 * 2.5)])
+def test_a_rotation_of_dit_xl_is_shuffles_without_spills_and_barriers(rotation, shuffles):
+    shapes = ((4096, 1152), jnp.bfloat16), ((16, 28 * 6 * 1152), jnp.bfloat16), ((1,), jnp.int32)
+    where = dict(tokens=256, stride=6 * 1152, offsets=(0, 1152))
+    kernel = functools.partial(mosaic.ln_modulate_quantize, dtype=INT8, rotation=rotation, **where)
+    compiled = compiler.compile(kernel, *(jax.ShapeDtypeStruct(*shape) for shape in shapes))
+    assert len(compiled.launches()) == 1
+    (found,) = (kernel.assembly for kernel in compiled.mosaic_kernels)
+    assert found.spill_bytes == 0 and found.registers <= 128  # four programs on a multiprocessor
+    counts = found.opcodes()
+    assert counts["BAR"] == 1 and counts["SHFL"] == shuffles + 3 * 5
 
 
 @needs_compiler

@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from models import inputs
+from operand_cases import OPERANDS, with_operands
 
 import vq4dit_jax as vq
 from benchmarks.aot import steps
@@ -21,7 +22,7 @@ from vq4dit_jax.networks.inference import activation_ranges, prepare_for_inferen
 from vq4dit_jax.networks.prepared import PreparedBlocks
 from vq4dit_jax.networks.rules import dit_rules
 from vq4dit_jax.qarray.spec import VQSpec
-from vq4dit_jax.qarray.tree import flatten, random_params, unflatten
+from vq4dit_jax.qarray.tree import random_params
 from vq4dit_jax.qarray.vq import VQArray, from_codes
 
 DEPTH, WIDTH, TOKENS, BATCH = 2, 128, 16, 4
@@ -62,37 +63,10 @@ def run(params, **options):
     return program(**options)({"params": params}, X, T, Y)
 
 
-OPERANDS = {
-    "W8A8, rotated": vq.OperandSpec(
-        vq.IntSpec(8, None, "symmetric"), 8, rotation=64, signed=True, scaled=True, centred=True
-    ),
-    "W4A8": vq.OperandSpec(vq.IntSpec(4, 128, "symmetric"), 8, rotation=0, centred=True),
-    "W2A8": vq.OperandSpec(VQSpec(256, 4), 8, rotation=16, centred=True),
-}
-"""Of Linears that read tokens."""
-
-
-def with_operands(name):
-    """The dense model with such leaves, scales and centres drawn at random; adaLN has one centre, and no scale or signs."""
-    spec, rng = OPERANDS[name], np.random.default_rng(0)
-    alone = dataclasses.replace(spec, scaled=False, signed=False)
-    flat = flatten(dense())
-    for path in list(flat):
-        if not re.search(r"blocks/.*(qkv|proj|fc1|fc2|1)/kernel", path):
-            continue
-        weight = np.asarray(flat[path]).swapaxes(1, 2)
-        adaln = "adaLN" in path
-        scale = rng.uniform(0.5, 2, (DEPTH, weight.shape[-1])).astype(np.float32)
-        centre = rng.standard_normal((1 if adaln else DEPTH, weight.shape[-1])).astype(np.float32) / 4
-        centre = np.broadcast_to(centre, scale.shape)
-        flat[path] = (alone if adaln else spec).balanced(weight, scale, centre, jax.random.key(1), 3)
-    return unflatten(flat)
-
-
 @pytest.mark.parametrize("name", OPERANDS)
 def test_scaled_centred_and_rotated_operands_are_those_of_the_leaves(name):
     """The prepared blocks round the same operands as the leaves, in 16-bit tokens, and multiply integers."""
-    params = with_operands(name)
+    params = with_operands(OPERANDS[name], dense())
     ready = prepare_for_inference(params, "int8")
     assert difference(run(ready), run(params)) < 2e-2
     text = jax.jit(MODEL.apply).lower({"params": ready}, X, T, Y).as_text()
@@ -110,7 +84,7 @@ def test_operands_that_have_no_prepared_form_are_refused():
         InputError, match=r"adaLN_modulation/1/kernel.*activations are in 6 bits \(symmetric\).*asked for int8"
     ):
         prepare_for_inference(params, "int8")
-    own = with_operands("W8A8, rotated")
+    own = with_operands(OPERANDS["W8A8, rotated"], dense())
     kernel = own["blocks"]["adaLN_modulation"]["1"]["kernel"]
     other = dataclasses.replace(kernel, centre=kernel.centre.at[1, 0].add(1.0))
     own["blocks"]["adaLN_modulation"]["1"]["kernel"] = other

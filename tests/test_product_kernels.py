@@ -33,6 +33,8 @@ CASES = {
         weights="bytes", dtype=INT8, rows=256, scales=True, tile=Tile(32, 2, 2, 2), image_tokens=32
     ),
     "bytes-int8-to-int8": Case(tokens=20, weights="bytes", dtype=INT8, scales=True, gelu=True, result=INT8),
+    "bytes-after-gelu": Case(tokens=20, weights="bytes", dtype=INT8, scales=True, gelu=True, after=True, layer=0),
+    "bytes-after-gelu-to-int8": Case(tokens=20, weights="bytes", dtype=INT8, gelu=True, result=INT8, after=True),
     "bytes-e4m3-splits": Case(weights="bytes", dtype=E4M3, columns=256, tile=Tile(32, 1, 1, 2, splits=2), scales=True),
     "nibbles-cut-off": Case(tokens=40, weights="nibbles", dtype=INT8, columns=200, gelu=True),
     "nibbles-row-tiles-to-int8": Case(
@@ -100,6 +102,7 @@ def cases(draw):
         image_tokens=image_tokens if gated else 0,
         result=BF16 if gated or dtype == BF16 else draw(st.sampled_from([BF16, dtype])),
         seed=draw(st.integers(0, 2**32 - 1)),
+        after=draw(st.booleans()),
     )
 
 

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels import selector, tiles
+from pallas_kernels.operand import Operand
 from pallas_kernels.selector import Choice, Facts
 from pallas_kernels.weights import ByteWeights, vq_shapes
 from vq4dit_jax.networks.dit import DIT_VARIANTS
@@ -110,6 +111,42 @@ def test_what_no_kernel_takes_goes_to_xla_and_the_reason_names_it():
     }
     for reason, choice in products.items():
         assert choice == Choice("xla", f"{reason}; XLA gets operands in bfloat16", operands=jnp.dtype(jnp.bfloat16))
+
+
+@pytest.mark.parametrize(
+    "width, group", [(1152, 16), (1152, 64), (1152, 144), (1152, 576), (768, 256), (4608, 576), (64, 64)]
+)
+def test_rotations_that_a_warp_has_run_in_the_kernels_and_the_reason_names_the_group(width, group):
+    operand, where = Operand(rotation=group), f"rotated in groups of {group}"
+    found = [selector.rows(selector.H200, (64, width), jnp.bfloat16, operand)]
+    if width <= 3072:
+        found.append(selector.norm(selector.H200, width, 16, jnp.bfloat16, operand))
+    for choice in found:
+        assert choice == Choice("mosaic", f"NVIDIA H200: one pass, a token a warp, {where}")
+    for device, reason in NOT_HOPPER.items():
+        assert selector.rows(DEVICES[device], (64, width), jnp.bfloat16, operand) == Choice("xla", reason)
+
+
+def test_operands_that_no_kernel_takes_go_to_xla_and_the_reason_names_them():
+    hopper, bf16 = selector.H200, jnp.bfloat16
+    vectors, rotated = Operand(scale=jnp.ones((1, 1152)), rotation=64), Operand(rotation=64)
+    assert selector.norm(hopper, 1152, 256, bf16, vectors) == Choice(
+        "xla", "the Linear's operand is scaled or centred: `networks.fold` puts that into what comes before"
+    )
+    for width, group in ((1152, 256), (768, 576), (1152, 36)):
+        reason = selector.rows(hopper, (64, width), bf16, Operand(rotation=group)).reason
+        assert reason.startswith(f"rotation in groups of {group}, D={width}: the kernels have groups of")
+        assert selector.norm(hopper, width, 256, bf16, Operand(rotation=group)) == Choice("xla", reason)
+    assert selector.rows(hopper, (64, 1152), bf16, vectors) == selector.norm(hopper, 1152, 256, bf16, vectors)
+    assert selector.rows(hopper, (64, 1152), bf16) == Choice("mosaic", "NVIDIA H200: one pass, a token a warp")
+    wanted = "wanted bfloat16, 4 rows or more, D % 64 == 0, D up to 4608"
+    for shape, dtype, operand, what in (
+        ((64, 96), bf16, Operand(rotation=16), "bfloat16 (M=64, D=96)"),
+        ((64, 1152), jnp.float32, rotated, "float32 (M=64, D=1152)"),
+        ((3, 1152), bf16, rotated, "bfloat16 (M=3, D=1152)"),
+        ((64, 9216), bf16, rotated, "bfloat16 (M=64, D=9216)"),
+    ):
+        assert selector.rows(hopper, shape, dtype, operand) == Choice("xla", f"{what}: {wanted}")
 
 
 def test_attention_is_cudnns_where_it_can_be():

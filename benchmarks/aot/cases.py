@@ -21,6 +21,7 @@ from pallas_kernels.mosaic.attention import attention
 from pallas_kernels.mosaic.codebook_grad import codebook_grad
 from pallas_kernels.mosaic.ln_modulate_quantize import ln_modulate_quantize
 from pallas_kernels.mosaic.matmul import product
+from pallas_kernels.mosaic.rotate_quantize import rotate_quantize
 from pallas_kernels.mosaic.soft_decode import soft_decode
 from pallas_kernels.tiles import Tile
 from vq4dit_jax.networks.dit import variant
@@ -115,6 +116,7 @@ def _products() -> dict[str, Case]:
 def _others() -> dict[str, Case]:
     tokens, columns = 16 * IMAGE_TOKENS, LAYERS * 6 * WIDTH
     x, modulation = _S((tokens, WIDTH), jnp.bfloat16), _S((16, columns), jnp.bfloat16)
+    hidden = _S((tokens, 4 * WIDTH), jnp.bfloat16)
     norm = functools.partial(
         ln_modulate_quantize, tokens=IMAGE_TOKENS, stride=6 * WIDTH, offsets=(0, WIDTH), dtype=jnp.int8
     )
@@ -127,6 +129,10 @@ def _others() -> dict[str, Case]:
     return {
         "ln modulate int8": Case(norm, (x, modulation, _LAYER), None),
         "ln modulate e4m3": Case(functools.partial(norm, dtype=jnp.float8_e4m3fn), (x, modulation, _LAYER), None),
+        "ln modulate int8 rotation 64": Case(functools.partial(norm, rotation=64), (x, modulation, _LAYER), None),
+        "ln modulate int8 rotation 576": Case(functools.partial(norm, rotation=576), (x, modulation, _LAYER), None),
+        "rotate 576 proj int8": Case(functools.partial(rotate_quantize, rotation=576, dtype=jnp.int8), (x,), None),
+        "rotate 576 fc2 int8": Case(functools.partial(rotate_quantize, rotation=576, dtype=jnp.int8), (hidden,), None),
         "ln modulate bf16": Case(functools.partial(norm, dtype=jnp.bfloat16), (x, modulation, _LAYER), None),
         "attention bf16": Case(attend, (qkv,)),
         "attention to int8": Case(to_int8, (qkv, _LAYER, _S((LAYERS,), jnp.float32))),
@@ -150,6 +156,9 @@ def cases() -> dict[str, Case]:
         "step 256 px batch 8 vq2": _step(32, 8, w2),
         "step 256 px batch 8 w2a8": _step(32, 8, w2a8),
         "step 256 px batch 8 w8a8": _step(32, 8, w8a8),
+        "step 256 px batch 8 w8a8 balanced, rotated": _step(32, 8, Form("int8", "int8", rotation=576)),
+        "step 256 px batch 8 w4a8 balanced, rotated": _step(32, 8, Form("int8", "int4", rotation=576)),
+        "step 256 px batch 8 w4a8 balanced": _step(32, 8, Form("int8", "int4", ranges=True, rotation=0)),
         "step 256 px batch 1 vq2": _step(32, 1, w2),
         "step 256 px batch 1 w2a8": _step(32, 1, w2a8),
         "step 512 px batch 1 w2a8": _step(64, 1, w2a8),

@@ -12,7 +12,8 @@ import numpy as np
 from pallas_kernels import selector
 from vq4dit_jax.diffusion import schedule as diffusion
 from vq4dit_jax.networks.dit import DiT
-from vq4dit_jax.networks.inference import prepare_for_inference
+from vq4dit_jax.networks.inference import WEIGHTS, prepare_for_inference
+from vq4dit_jax.qarray.operand import OperandSpec
 from vq4dit_jax.qarray.rules import BITS
 from vq4dit_jax.qarray.tree import random_params
 from vq4dit_jax.qarray.vq import from_codes
@@ -22,17 +23,22 @@ _S = jax.ShapeDtypeStruct
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """How a network is prepared, as the arguments of `prepare_for_inference`; `weights` None: codebooks of 2 bits."""
+    """How a network is prepared, as the arguments of `prepare_for_inference`; `weights` None: codebooks of 2 bits.
+
+    `rotation`: with ViDiT-Q's operands, which are balanced, centred, and rotated in groups of so many inputs (0: not rotated).
+    """
 
     activations: str | None = None
     weights: str | None = None
     ranges: bool = False
+    rotation: int | None = None
 
     def __str__(self) -> str:
         bits = {None: "2", "int8": "8", "int4": "4"}[self.weights]
         if self.activations is None:
             return f"W{bits}"
-        return f"W{bits}A8 {self.activations}{', ranges' if self.ranges else ''}"
+        operand = "" if self.rotation is None else f", balanced, rotation {self.rotation}"
+        return f"W{bits}A8 {self.activations}{', ranges' if self.ranges else ''}{operand}"
 
 
 FORMS = tuple(
@@ -40,7 +46,7 @@ FORMS = tuple(
     for activations, weights in ((None, None), ("int8", None), ("e4m3", None), ("int8", "int8"), ("int8", "int4"))
     for ranges in ((False, True) if activations else (False,))
 )
-"""All that `prepare_for_inference` makes."""
+"""All that `prepare_for_inference` makes of leaves without operands."""
 
 
 def stacked(one: Any, axis: int, copies: int) -> Any:
@@ -59,7 +65,11 @@ def prepared_shapes(model: DiT, form: Form, bits: float | int = 2) -> Any:
 
     def quantize(path: Any, leaf: jax.Array) -> Any:
         name = jax.tree_util.keystr(path)
-        if form.weights is not None or "blocks" not in name or "kernel" not in name:
+        if "blocks" not in name or "kernel" not in name:
+            return leaf
+        if form.rotation is not None:
+            return _balanced(leaf, form, scaled="adaLN" not in name)
+        if form.weights is not None:
             return leaf
         codewords, length = BITS[bits]
         _, columns, rows = leaf.shape
@@ -69,17 +79,28 @@ def prepared_shapes(model: DiT, form: Form, bits: float | int = 2) -> Any:
 
     ranges = {"attn/proj": np.ones(1), "mlp/fc2": np.ones(1)} if form.ranges else None
     params = jax.tree_util.tree_map_with_path(quantize, params)
-    prepared = prepare_for_inference(params, form.activations, weights=form.weights, ranges=ranges)
+    weights = form.weights if form.rotation is None else None
+    prepared = prepare_for_inference(params, form.activations, weights=weights, ranges=ranges)
     blocks = prepared["blocks"]
-    # adaLN's layers are one stack of many rows: scales by group have their rows in the third axis.
-    modulation = stacked(blocks.modulation, 1, model.depth)
+    # adaLN's layers are one stack of many rows, which read the same operand; scales by group have their rows in the third axis.
+    own = jax.tree.map(lambda a: _S(a.shape, a.dtype), blocks.modulation.operand)
+    rows = dataclasses.replace(blocks.modulation, operand=None)
+    modulation = dataclasses.replace(stacked(rows, 1, model.depth), operand=own)
     if form.weights == "int4":
         scales = stacked(blocks.modulation.weights.scales, 2, model.depth)
         modulation = dataclasses.replace(modulation, weights=dataclasses.replace(modulation.weights, scales=scales))
     rest = {name: stacked(getattr(blocks, name), 0, model.depth) for name in ("qkv", "proj", "fc1", "fc2")}
-    scale = _S((model.depth,), jnp.float32) if form.ranges else None
+    scale = None if blocks.attention_scale is None else _S((model.depth,), jnp.float32)
     kept = jax.tree.map(lambda a: _S(a.shape, a.dtype), {k: v for k, v in prepared.items() if k != "blocks"})
     return {**kept, "blocks": dataclasses.replace(blocks, modulation=modulation, attention_scale=scale, **rest)}
+
+
+def _balanced(kernel: jax.Array, form: Form, scaled: bool) -> Any:
+    """The leaf of a kernel (1, I, O), with a scale, if wanted, a centre and a rotation that do something."""
+    weight = np.asarray(kernel, np.float32).swapaxes(1, 2)
+    spec = OperandSpec(WEIGHTS[form.weights], rotation=form.rotation, scaled=scaled, centred=True)
+    scale = np.linspace(0.5, 2, weight.shape[-1], dtype=np.float32)[None]
+    return spec.balanced(weight, scale, scale - 1, jax.random.key(0))
 
 
 def step(model: DiT, batch: int, facts: selector.Facts) -> tuple[Callable[..., jax.Array], tuple[Any, ...]]:

@@ -18,7 +18,7 @@ from jax import lax
 from jaxtyping import Array, Int, Shaped
 
 from pallas_kernels import epilogue as epilogue_lib
-from pallas_kernels.epilogue import Epilogue
+from pallas_kernels.epilogue import ROW_VECTORS, Epilogue
 from pallas_kernels.fragments import ROWS
 from pallas_kernels.mosaic import compat, store
 from pallas_kernels.mosaic.int_matmul import ByteSource, NibbleSource
@@ -143,12 +143,10 @@ class _Block:
                 plgpu.copy_gmem_to_smem(residual, self.result(u), self.refs["residual_ready"].at[self.warpgroup])
 
     def row_vectors(self, u: int) -> dict[str, jax.Array]:
-        """Row scales, bias and gates (64,) float32."""
+        """Row scales, bias, what follows GELU, and gates (64,) float32."""
         first, e = self.first_row(u), self.e
-        at = {
-            name: self.layer * self.source.weights.rows + first for name in ("row_scale", "bias") if name in self.refs
-        }
-        slices = {name: self.refs[name].at[pl.ds(start, ROWS)] for name, start in at.items()}
+        start = self.layer * self.source.weights.rows + first
+        slices = {name: self.refs[name].at[pl.ds(start, ROWS)] for name in ROW_VECTORS if name in self.refs}
         if e.modulation is not None:
             start = self.layer * e.gate_stride + e.gate_offset + first
             slices["gate"] = self.refs["modulation"].at[self.first_token // e.tokens, pl.ds(start, ROWS)]
@@ -168,6 +166,10 @@ class _Block:
             y = y + by_row(vectors["bias"])
         if e.gelu:
             y = jax.nn.gelu(y, approximate=True)
+        if e.after_scale is not None:
+            y = y * by_row(vectors["after_scale"])
+        if e.after_shift is not None:
+            y = y + by_row(vectors["after_shift"])
         if e.modulation is not None:
             y = y * by_row(vectors["gate"])
         if e.out_scale is not None:
@@ -230,7 +232,7 @@ class _Block:
 def _operands(x: Any, source: Source, e: Epilogue, layer: Any, padded_tokens: int) -> dict[str, jax.Array]:
     """The kernel's operands by name, those of the weights first."""
     out = {f"weights{i}": a for i, a in enumerate(source.operands())} | {"x": x, "layer": layer}
-    out |= {name: getattr(e, name).reshape(-1) for name in ("bias", "row_scale") if getattr(e, name) is not None}
+    out |= {name: getattr(e, name).reshape(-1) for name in ROW_VECTORS if getattr(e, name) is not None}
     if e.token_scale is not None:
         # Vectors are read without the copy engine, so their ends are not checked: they are padded.
         missing = max(0, padded_tokens - e.token_scale.shape[0])

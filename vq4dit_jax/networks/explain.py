@@ -16,6 +16,7 @@ from vq4dit_jax.qarray.parts import parts_of
 from vq4dit_jax.qarray.rules import BITS
 
 _ROWS = ("adaLN of all blocks", "norm, modulate", "qkv", "attention", "proj", "fc1", "fc2")
+"""Of blocks without operands."""
 
 
 def explain_kernels(
@@ -61,6 +62,7 @@ def _blocks(model: DiT, bits: float | int, activations: str | None) -> PreparedB
         proj=linear(width, width),
         fc1=linear(hidden, width, paired=activations is not None),
         fc2=linear(width, hidden),
+        attention_scale=None if activations is None else jax.ShapeDtypeStruct((depth,), jnp.float32),
     )
 
 
@@ -73,16 +75,29 @@ def choices(model: DiT, batch: int, run: PreparedBlocks, facts: selector.Facts) 
         size = 2 if linear.result_scale is None else 1
         return selector.product(facts, linear.weights, rows, result_bytes=size, image_tokens=tokens if gate else 0)
 
-    found = (
-        product(run.modulation, batch),
-        selector.norm(facts, width, tokens, jnp.dtype(jnp.bfloat16)),
-        product(run.qkv),
-        selector.fused_attention(facts, width // model.num_heads, model.num_heads, tokens),
-        product(run.proj, gate=True),
-        product(run.fc1),
-        product(run.fc2, gate=True),
-    )
-    return dict(zip(_ROWS, found, strict=True))
+    bf16 = jnp.dtype(jnp.bfloat16)
+    norms = [selector.norm(facts, width, tokens, bf16, linear.operand) for linear in (run.qkv, run.fc1)]
+    alike = norms[0] == norms[1]
+
+    def by_token(name: str, linear: PreparedLinear, fixed: Any) -> dict[str, Choice]:
+        """Of the launch behind attention or GELU, where there is one."""
+        if fixed is not None or (linear.operand is None and jnp.dtype(run.operand_dtype).itemsize == 2):
+            return {}
+        choice = selector.rows(facts, (rows, linear.weights.columns), bf16, linear.operand)
+        return {f"{'rotate' if linear.operand else 'quantize'} for {name}": choice}
+
+    return {
+        "adaLN of all blocks": product(run.modulation, batch),
+        "norm, modulate" if alike else "norm for qkv": norms[0],
+        "qkv": product(run.qkv),
+        "attention": selector.fused_attention(facts, width // model.num_heads, model.num_heads, tokens),
+        **by_token("proj", run.proj, run.attention_scale),
+        "proj": product(run.proj, gate=True),
+        **({} if alike else {"norm for fc1": norms[1]}),
+        "fc1": product(run.fc1),
+        **by_token("fc2", run.fc2, run.fc1.result_scale),
+        "fc2": product(run.fc2, gate=True),
+    }
 
 
 def _plain(model: DiT, run: Any, facts: selector.Facts) -> dict[str, Choice]:

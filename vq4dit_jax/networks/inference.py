@@ -17,6 +17,7 @@ from pallas_kernels.weights import NibbleWeights, PreparedLinear, pair_rows
 from vq4dit_jax.diffusion import trajectory
 from vq4dit_jax.errors import InputError
 from vq4dit_jax.networks.dit import DiT
+from vq4dit_jax.networks.fold import fold
 from vq4dit_jax.networks.network import random_problem
 from vq4dit_jax.networks.prepared import PreparedBlocks
 from vq4dit_jax.qarray import is_quantized
@@ -48,7 +49,8 @@ def prepare_for_inference(
       weights: "int8" (a scale for each row: W8A8) or "int4" (a scale for each row and 128 inputs: W4A8), rounded to the
         nearest on symmetric grids (`integer.grids`), with `activations` of "int8"; ViDiT-Q, arXiv 2406.02540.
       ranges: of `activation_ranges`; then what proj and fc2 read is quantized where it is made, with a fixed scale for
-        each layer. Without them it is written in bfloat16 and read again, to quantize by token.
+        each layer. Without them, or where a layer rotates what it reads, it is written in bfloat16 and read again, to
+        quantize by token.
 
     Arrays outside the blocks become bfloat16; quantized leaves there stay as they are. The result is for running only: it is no
     format, files hold `params`. Raises InputError where a combination has no form, or blocks are not those of a DiT.
@@ -151,13 +153,13 @@ def _rounds(params: Any) -> bool:
 def _prepare_run(run: Any, dtype: Any, weights: str | None, ranges: Any) -> PreparedBlocks:
     make = functools.partial(_prepare_linear, dtype=dtype, weights=weights)
     fixed = {name: np.maximum(v, 1e-6) / largest_quantized(dtype) for name, v in (ranges or {}).items()}
-    # A fixed scale is applied where rows are made, before the operand of what reads them could be.
+    # A fixed scale is applied where rows are made, before a rotation of what reads them could be.
     attended, hidden = (fixed.get(name) if _plain(run, name) else None for name in _RANGES)
     # Few tokens: adaLN's time is that of reading its weights, and codewords in 16 bits take no more than in 8.
     kernel = run["adaLN_modulation"]["1"]["kernel"]
     rounded = weights is not None or (is_quantized(kernel) and kernel.activation_bits is not None)
     adaln = make if rounded else functools.partial(make, dtype=jnp.dtype(jnp.bfloat16))
-    return PreparedBlocks(
+    blocks = PreparedBlocks(
         modulation=adaln("adaLN_modulation/1", run["adaLN_modulation"]["1"], as_one=True),
         qkv=make("attn/qkv", run["attn"]["qkv"]),
         proj=make("attn/proj", run["attn"]["proj"], operand_scale=attended),
@@ -165,13 +167,15 @@ def _prepare_run(run: Any, dtype: Any, weights: str | None, ranges: Any) -> Prep
         fc2=make("mlp/fc2", run["mlp"]["fc2"], operand_scale=hidden),
         attention_scale=None if attended is None else jnp.asarray(attended, jnp.float32),
     )
+    return fold(blocks)
 
 
 def _plain(run: Any, name: str) -> bool:
-    """Whether the rows that a Linear reads are rounded as they come."""
+    """Whether the rows that a Linear reads are rounded as they are made: nothing, or what `fold` puts there, is done to them."""
     outer, inner = name.split("/")
     kernel = run[outer][inner]["kernel"]
-    return not is_quantized(kernel) or kernel.prepared_operand() is None
+    operand = kernel.prepared_operand() if is_quantized(kernel) else None
+    return operand is None or not operand.rotation
 
 
 def _one_operand(operand: Operand | None, name: str) -> Operand | None:

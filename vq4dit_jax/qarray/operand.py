@@ -236,8 +236,8 @@ class OperandArray(QuantizedArray):
         if signs is not None:
             scale = signs if scale is None else scale * signs
         shift = None if centre is None else -centre if scale is None else -centre * scale
-        matrix = hadamard.regular(self.rotation) / np.sqrt(self.rotation) if self.rotation else None
-        return Operand(*(None if a is None else jnp.asarray(a, jnp.float32) for a in (scale, shift, matrix)))
+        vectors = (None if a is None else jnp.asarray(a, jnp.float32) for a in (scale, shift))
+        return Operand(*vectors, self.rotation)
 
     def missing(self) -> Any:
         """m W_hat^T, decoded a block at a time, so that one dense weight is there at once."""
