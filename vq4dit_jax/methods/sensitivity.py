@@ -65,14 +65,14 @@ ERRORS = {"step": _of_step, "prediction": _of_prediction}
 
 def _errors(
     network: Network, cfg_scale: float, error: str, student: Any, evaluations: trajectory.Evaluation
-) -> tuple[Float[Array, ""], Float[Array, " E"]]:
-    """An error of a student: summed over a stack of evaluations, and of each."""
+) -> tuple[Float[Array, ""], tuple[Float[Array, " E"], Float[Array, " E"]]]:
+    """An error of a student, summed over a stack of evaluations; that of each, and how much of the way lies behind it."""
     sched = network.process.schedule(STEPS)
 
-    def one(total: jax.Array, evaluation: trajectory.Evaluation) -> tuple[jax.Array, jax.Array]:
+    def one(total: jax.Array, evaluation: trajectory.Evaluation) -> tuple[jax.Array, Any]:
         output, _ = network.run(student, evaluation.x, evaluation.t, evaluation.cond)
         found = ERRORS[error](network, sched, evaluation, output, cfg_scale)
-        return total + found, found
+        return total + found, (found, network.process.done(evaluation.t[0]))
 
     return jax.lax.scan(one, jnp.float32(0.0), evaluations)
 
@@ -126,11 +126,11 @@ def one_at_a_time(
         use[path][... if block is None else block] = True
         return total(use)
 
-    together, _ = total({path: np.ones(shape, bool) for path, shape in stack.items()})
+    together, (_, done) = total({path: np.ones(shape, bool) for path, shape in stack.items()})
     found = {matrix: alone(matrix) for matrix in wanted}
     return Found(
         {matrix: float(whole) for matrix, (whole, _) in found.items()},
-        {matrix: np.asarray(each) for matrix, (_, each) in found.items()},
+        {matrix: np.asarray(each) for matrix, (_, (each, _)) in found.items()},
         float(together),
-        np.asarray(network.process.done(evaluations.t[:, 0])),
+        np.asarray(done),
     )
