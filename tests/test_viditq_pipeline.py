@@ -102,7 +102,8 @@ def test_a_flow_network_goes_through_the_same_passes_and_runs_in_8_bits():
     ready = vq.prepare_for_inference(solved, "int8")
     how = dict(key=jax.random.key(2), num_steps=3, cfg_scale=1.5)
     exact, mine = (np.asarray(vq.sample(model, tree, np.arange(2), **how)) for tree in (solved, ready))
-    assert np.linalg.norm(exact - mine) < 0.1 * np.linalg.norm(exact)
+    # bfloat16's roundings make 0.008 of it; the weights' make 0.044, which both have.
+    assert np.linalg.norm(exact - mine) < 0.02 * np.linalg.norm(exact)
     x, t, y = inputs(model)
     text = jax.jit(model.apply).lower({"params": ready}, x, t.astype(np.float32) / 1000, y).as_text()
     products = re.findall(r"dot_general.*: \((tensor<[^>]*>), (tensor<[^>]*>)\)", text)
