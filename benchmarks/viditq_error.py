@@ -19,6 +19,7 @@ from benchmarks import record
 from vq4dit_jax import files, methods
 from vq4dit_jax.methods import viditq
 from vq4dit_jax.methods.kmeans import KMeans
+from vq4dit_jax.networks.network import as_network
 from vq4dit_jax.networks.rules import dit_rules
 from vq4dit_jax.storage import provenance
 
@@ -39,9 +40,10 @@ FORMS: dict[str, dict[str, Any]] = {
     "w4a8": _W4,
     "w4a8, no rotation": {**_W4, "rotation": 0},
     "w4a8-mp": {**_W4, "budget": 4.0},
-    "w6a6": dict(weight_bits=6.0, activation_bits=6),
+    "w6a6": dict(weight_bits=6.0, activation_bits=6, activation_grid="asymmetric"),
+    "w6a6, mixed": dict(weight_bits=6.0, activation_budget=6.0),
     "w4a4": dict(
-        weight_bits=4.0, weight_group=64, weight_grid="asymmetric", activation_bits=4, activation_grid="asymmetric"
+        weight_bits=4.0, weight_group=64, weight_grid="asymmetric", activation_bits=4, activation_grid="clipped"
     ),
 }
 """Name -> settings of `methods.viditq`."""
@@ -49,6 +51,7 @@ FORMS: dict[str, dict[str, Any]] = {
 
 def made(model: Any, teacher: Any, settings: dict[str, Any], seed: int) -> Any:
     """The model of these settings."""
+    teacher = viditq.source(settings, as_network(model), teacher)
     run = methods.begin(model, teacher, jax.random.key(seed))
     first = KMeans(rules=dit_rules(viditq.spec(settings)))
     return methods.apply((first, *viditq.passes(settings, {"batch": 16})), run, teacher)[0]

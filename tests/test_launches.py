@@ -19,12 +19,16 @@ pytestmark = [
 MODEL, IMAGES = variant("DiT-XL/2", dtype=jnp.bfloat16), 16
 NORM, PRODUCT, ATTENTION, ROTATION = "ln_modulate_quantize", "product", "attention", "rotate_quantize"
 # By token there is a launch behind attention and one behind GELU, with the rotation or without; with fixed scales there is none.
-# Scales and centres have no launch anywhere. The last one is the loop's counter.
+# Scales and centres have no launch anywhere, and the rotation of what attention makes none where values are rotated. The last
+# one is the loop's counter.
 BY_TOKEN = [NORM, PRODUCT, ATTENTION, ROTATION, PRODUCT, NORM, PRODUCT, ROTATION, PRODUCT, "loop_add_fusion"]
+OF_HIDDEN_ALONE = [name for i, name in enumerate(BY_TOKEN) if i != BY_TOKEN.index(ROTATION)]
 FORMS = {
     Form("int8", "int8"): BY_TOKEN,
     Form("int8", "int8", rotation=576): BY_TOKEN,
     Form("int8", "int4", rotation=64): BY_TOKEN,
+    Form("int8", "int8", ranges=True, rotation=576): OF_HIDDEN_ALONE,
+    Form("int8", "int4", ranges=True, rotation=64): OF_HIDDEN_ALONE,
     Form("int8", "int8", ranges=True, rotation=0): [name for name in BY_TOKEN if name != ROTATION],
     Form("int8", "int4", ranges=True, rotation=0): [name for name in BY_TOKEN if name != ROTATION],
 }

@@ -71,7 +71,23 @@ def test_activations_are_within_half_a_step_of_their_own_grid(x, bits, kind):
     assert (codes == np.rint(codes)).all() and codes.min() >= low and codes.max() <= high
     assert (np.asarray(found.decode())[0] == 0).all()
     step = np.asarray(found.scale, np.float64)
-    assert (np.abs(np.asarray(found.decode(), np.float64) - x) <= 0.5001 * step).all()
+    if kind != "clipped":
+        assert (np.abs(np.asarray(found.decode(), np.float64) - x) <= 0.5001 * step).all()
+
+
+@settings(max_examples=30)
+@given(hnp.arrays(np.float32, (3, 8), elements=st.floats(-1e4, 1e4, width=32)), st.integers(2, 8))
+def test_a_clipped_token_loses_no_more_than_one_with_its_whole_range(x, bits):
+    lost = lambda kind: np.square(np.asarray(activations.quantize(jnp.asarray(x), bits, kind).decode(), np.float64) - x)
+    whole = lost("asymmetric").sum(-1)
+    assert (lost("clipped").sum(-1) <= whole * (1 + 1e-5) + 1e-30).all()
+
+
+def test_few_levels_are_better_spent_on_what_is_not_the_largest():
+    """Of a normal distribution 16 equal levels at best lose 0.01154 of the energy (Max 1960, table II)."""
+    x = jax.random.normal(jax.random.key(0), (200, 1024))
+    share = lambda kind: float(jnp.square(activations.quantize(x, 4, kind).decode() - x).mean())
+    assert share("asymmetric") > 0.014 and share("clipped") < 0.0118
 
 
 def test_a_fixed_scale_is_the_same_for_all_tokens_and_clips():

@@ -25,7 +25,8 @@ _S = jax.ShapeDtypeStruct
 class Form:
     """How a network is prepared, as the arguments of `prepare_for_inference`; `weights` None: codebooks of 2 bits.
 
-    `rotation`: with ViDiT-Q's operands, which are balanced, centred, and rotated in groups of so many inputs (0: not rotated).
+    `rotation`: with ViDiT-Q's operands, which are balanced, centred, and rotated in groups of so many inputs (0: not rotated);
+    with `ranges` proj's are rotated where values are made, so that its leaf has no rotation.
     """
 
     activations: str | None = None
@@ -68,7 +69,8 @@ def prepared_shapes(model: DiT, form: Form, bits: float | int = 2) -> Any:
         if "blocks" not in name or "kernel" not in name:
             return leaf
         if form.rotation is not None:
-            return _balanced(leaf, form, scaled="adaLN" not in name)
+            rotation = 0 if form.ranges and "proj" in name else form.rotation
+            return _balanced(leaf, form, rotation, scaled="adaLN" not in name)
         if form.weights is not None:
             return leaf
         codewords, length = BITS[bits]
@@ -95,10 +97,10 @@ def prepared_shapes(model: DiT, form: Form, bits: float | int = 2) -> Any:
     return {**kept, "blocks": dataclasses.replace(blocks, modulation=modulation, attention_scale=scale, **rest)}
 
 
-def _balanced(kernel: jax.Array, form: Form, scaled: bool) -> Any:
+def _balanced(kernel: jax.Array, form: Form, rotation: int, scaled: bool) -> Any:
     """The leaf of a kernel (1, I, O), with a scale, if wanted, a centre and a rotation that do something."""
     weight = np.asarray(kernel, np.float32).swapaxes(1, 2)
-    spec = OperandSpec(WEIGHTS[form.weights], rotation=form.rotation, scaled=scaled, centred=True)
+    spec = OperandSpec(WEIGHTS[form.weights], rotation=rotation, scaled=scaled, centred=True)
     scale = np.linspace(0.5, 2, weight.shape[-1], dtype=np.float32)[None]
     return spec.balanced(weight, scale, scale - 1, jax.random.key(0))
 

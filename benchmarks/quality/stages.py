@@ -22,8 +22,8 @@ from vq4dit_jax.methods.agreement import held_out_agreement
 from vq4dit_jax.networks.dit import DiT
 from vq4dit_jax.networks.inference import for_sampling
 from vq4dit_jax.qarray.base import is_quantized
-from vq4dit_jax.qarray.parts import is_parts, parts_of
-from vq4dit_jax.qarray.tree import Sizes, dequantize
+from vq4dit_jax.qarray.parts import is_parts
+from vq4dit_jax.qarray.tree import Sizes, dequantize, rounds_activations
 from vq4dit_jax.reporting.markup import figure
 from vq4dit_jax.run import generation, sources
 from vq4dit_jax.run.pipeline import Pipeline
@@ -148,7 +148,7 @@ def dense(params: Any) -> Any:
     node = lambda leaf: is_quantized(leaf) or is_parts(leaf)
 
     def one(leaf: Any) -> Any:
-        if any(is_quantized(part) and part.activation_bits for _, part in parts_of(leaf)):
+        if rounds_activations(leaf):
             return leaf
         return dequantize({"leaf": leaf}, jnp.float32)["leaf"].astype(jnp.float32)
 

@@ -6,6 +6,7 @@ With Q = diag(signs) H / sqrt(n) on each group, and H a matrix of `pallas_kernel
 """
 
 import math
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +17,8 @@ from vq4dit_jax.errors import InputError
 
 GROUPS = (576, 256, 144, 64, 16)
 """Group sizes that are chosen from, the largest first."""
+HEAD_GROUPS = (144, 64, 36, 16, 4)
+"""The same inside a head of attention."""
 
 
 def regular(order: int) -> np.ndarray:
@@ -30,9 +33,9 @@ def _listed() -> str:
     return ", ".join(map(str, sorted(GROUPS)))
 
 
-def largest_group(columns: int) -> int:
-    """The largest of `GROUPS` that divides a number of inputs; 0 where none does."""
-    return next((group for group in GROUPS if columns % group == 0), 0)
+def largest_group(columns: int, groups: Sequence[int] = GROUPS) -> int:
+    """The largest of `groups` that divides a number of inputs; 0 where none does."""
+    return next((group for group in sorted(groups, reverse=True) if columns % group == 0), 0)
 
 
 def check(group: int, columns: int) -> None:

@@ -7,6 +7,7 @@
 A new method is a function in `METHODS` that returns its models; config, pipeline, metrics, table and report take any number.
 """
 
+import functools
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from vq4dit_jax.errors import InputError
 from vq4dit_jax.methods import viditq, vq4dit
 from vq4dit_jax.methods.kmeans import KMeans
 from vq4dit_jax.methods.passes import Pass
+from vq4dit_jax.networks.network import Network
 
 FULL_PRECISION = "fp"
 _TITLES = {
@@ -35,10 +37,14 @@ def title(name: str) -> str:
 
 
 class Model(NamedTuple):
-    """`name` as in metrics.json and of files; the passes that make it of the model before it."""
+    """`name` as in metrics.json and of files; the passes that make it of the model before it.
+
+    source: (network, full-precision parameters) -> parameters of the same function that are quantized in their place.
+    """
 
     name: str
     passes: tuple[Pass, ...]
+    source: Callable[[Network, Any], Any] = lambda network, teacher: teacher
 
 
 class Recipe(NamedTuple):
@@ -62,7 +68,8 @@ def _vq4dit(recipe: Recipe) -> tuple[Model, ...]:
 def _viditq(recipe: Recipe) -> tuple[Model, ...]:
     first = "kmeans" if recipe.viditq["weights"] == "codebooks" else "rtn"
     passes = viditq.passes(recipe.viditq, recipe.calibration)
-    return Model(first, (recipe.first,)), Model(viditq.name(recipe.viditq), passes)
+    source = functools.partial(viditq.source, recipe.viditq)
+    return Model(first, (recipe.first,), source), Model(viditq.name(recipe.viditq), passes, source)
 
 
 def _rules(recipe: Recipe) -> tuple[Model, ...]:

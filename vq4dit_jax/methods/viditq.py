@@ -18,8 +18,9 @@ from vq4dit_jax.methods.balance import Balance
 from vq4dit_jax.methods.mixed import Mix
 from vq4dit_jax.methods.passes import Pass
 from vq4dit_jax.methods.solve_layers import SolveLayers
-from vq4dit_jax.networks.network import Role
+from vq4dit_jax.networks.network import Network, Role
 from vq4dit_jax.networks.rules import codebooks
+from vq4dit_jax.networks.values import rotate_values
 from vq4dit_jax.qarray.operand import OperandSpec
 from vq4dit_jax.qarray.spec import IntSpec, Spec
 
@@ -33,6 +34,7 @@ SETTINGS: dict[str, Any] = dict(
     balance=True,
     centre=True,
     rotation=-1,
+    rotate_values=True,
     signs=False,
     solve=True,
     budget=0.0,
@@ -49,10 +51,12 @@ SETTINGS: dict[str, Any] = dict(
     weight_group      inputs that share a scale; 0: the whole row
     weight_grid       "symmetric", "asymmetric" or "centred" (`integer.grids`)
     activation_bits   2 to 8, or 0: activations are not rounded
-    activation_grid   "symmetric" or "asymmetric" (`integer.activations`)
+    activation_grid   "symmetric", "asymmetric" or "clipped" (`integer.activations`)
     balance           a scale for each input, `Balance`
     centre            the mean of each input is taken out before rounding, `Balance`
     rotation          inputs of a group of the rotation; 0: none, -1: the largest group that divides a layer's inputs
+    rotate_values     with a rotation: what attention makes of values is rotated head by head where they are made
+                      (`networks.values`), and not where it is read; no launch is spent on it
     signs             random signs before the rotation, but of Linears that read time and condition alone
     solve             weights are solved for what they read, `SolveLayers`; False: each is rounded to nearest
     budget            bits a weight of integers, everything counted, that are spread over the layers (`Mix`); 0: all alike
@@ -130,11 +134,22 @@ def spec(settings: Mapping[str, Any]) -> Callable[[Role], Spec]:
         if role.reads == "conditioning" and s["weights"] == "codebooks":
             # Its few rows cost nothing to read in 16 bits, and codewords of 16 bits take no more than those of 8.
             return inner(role)
+        if role.values and _rotates_values(s):
+            return OperandSpec(inner(role), scaled=s["balance"], **rounded | {"rotation": 0})
         # Linears that read time and condition alone are one product for all blocks, so one operand has to serve them all.
         signed = s["signs"] and role.reads != "conditioning"
         return OperandSpec(inner(role), signed=signed, scaled=s["balance"], **rounded)
 
     return one
+
+
+def _rotates_values(s: Mapping[str, Any]) -> bool:
+    return bool(s["rotation"] and s["rotate_values"])
+
+
+def source(settings: Mapping[str, Any], network: Network, teacher: Any) -> Any:
+    """What is quantized: the teacher's parameters, with values rotated where the settings say so."""
+    return rotate_values(network, teacher) if _rotates_values({**SETTINGS, **settings}) else teacher
 
 
 def passes(settings: Mapping[str, Any], calibration: Mapping[str, Any] | None = None) -> tuple[Pass, ...]:

@@ -43,7 +43,7 @@ DIT_VARIANTS: dict[str, dict[str, int]] = {
 }
 ROLES = (
     Role("attn/qkv/kernel", "tokens", "self", codebooks=3),
-    Role("attn/proj/kernel", "tokens", "self"),
+    Role("attn/proj/kernel", "tokens", "self", values="attn/qkv/kernel"),
     Role("mlp/fc[12]/kernel", "tokens", "mlp"),
     Role("adaLN_modulation/1/kernel", "conditioning", "conditioning"),
 )
@@ -250,7 +250,7 @@ class DiT(nn.Module):
             ClassLabels(self.num_classes, self.null_label),
             Process(self.predicts, learned),
             Guidance(self.guided_channels),
-            (Stack("blocks", self.depth, ROLES),),
+            (Stack("blocks", self.depth, ROLES, self.num_heads),),
             _Predict(self),
             _Hoist(self),
             OutputLayer("final_layer/linear", self.patch_size) if learned else None,

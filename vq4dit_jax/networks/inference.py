@@ -23,7 +23,7 @@ from vq4dit_jax.networks.prepared import PreparedBlocks
 from vq4dit_jax.qarray import is_quantized
 from vq4dit_jax.qarray.parts import split_runs
 from vq4dit_jax.qarray.spec import IntSpec
-from vq4dit_jax.qarray.tree import densify, map_leaves
+from vq4dit_jax.qarray.tree import densify, map_leaves, rounds_activations
 
 ACTIVATIONS = {None: jnp.bfloat16, "int8": jnp.int8, "e4m3": jnp.float8_e4m3fn}
 WEIGHTS = {"int8": IntSpec(8, None, "symmetric"), "int4": IntSpec(4, nibbles.COLUMNS, "symmetric")}
@@ -102,7 +102,8 @@ def activation_ranges(
     `images` random classes, DDPM in `num_steps` steps with guidance; the model itself, prepared without ranges, makes the
     trajectory. Arguments as those of `prepare_for_inference` and `sample`.
     """
-    prepared = prepare_for_inference(params, "int8" if weights or _rounds(params) else None, weights=weights)
+    rounded = weights or any(map(rounds_activations, jax.tree.leaves(params, is_leaf=is_quantized)))
+    prepared = prepare_for_inference(params, "int8" if rounded else None, weights=weights)
     network = model.network()
     problem = random_problem(network, prepared, key, images=images, cfg_scale=cfg_scale)
     how = dict(num_steps=num_steps, scale=cfg_scale, observe=_Ranges(model), given=prepared)
@@ -144,12 +145,6 @@ def for_sampling(model: DiT, params: Any, activations: str, cfg_scale: float) ->
     return prepare_for_inference(params, activations, weights=weights, ranges=ranges)
 
 
-def _rounds(params: Any) -> bool:
-    """Whether leaves say themselves that activations are rounded."""
-    leaves = jax.tree.leaves(params, is_leaf=is_quantized)
-    return any(is_quantized(leaf) and leaf.activation_bits is not None for leaf in leaves)
-
-
 def _prepare_run(run: Any, dtype: Any, weights: str | None, ranges: Any) -> PreparedBlocks:
     make = functools.partial(_prepare_linear, dtype=dtype, weights=weights)
     fixed = {name: np.maximum(v, 1e-6) / largest_quantized(dtype) for name, v in (ranges or {}).items()}
@@ -157,7 +152,7 @@ def _prepare_run(run: Any, dtype: Any, weights: str | None, ranges: Any) -> Prep
     attended, hidden = (fixed.get(name) if _plain(run, name) else None for name in _RANGES)
     # Few tokens: adaLN's time is that of reading its weights, and codewords in 16 bits take no more than in 8.
     kernel = run["adaLN_modulation"]["1"]["kernel"]
-    rounded = weights is not None or (is_quantized(kernel) and kernel.activation_bits is not None)
+    rounded = weights is not None or rounds_activations(kernel)
     adaln = make if rounded else functools.partial(make, dtype=jnp.dtype(jnp.bfloat16))
     blocks = PreparedBlocks(
         modulation=adaln("adaLN_modulation/1", run["adaLN_modulation"]["1"], as_one=True),

@@ -31,20 +31,25 @@ class Role(NamedTuple):
       reads: "tokens", "conditioning" (time and what the image is conditioned on, alike for all its tokens) or "text".
       group: "self", "cross", "temporal", "mlp" or "conditioning": the part of the network that it belongs to.
       codebooks: equal groups of output rows that have a codebook each, 3 for a fused qkv.
+      values: where its Linear reads what attention made of values, the path inside the stack of the kernel whose last outputs
+        they are; then `pattern` is a path too. "" elsewhere.
     """
 
     pattern: str
     reads: str = "tokens"
     group: str = "mlp"
     codebooks: int = 1
+    values: str = ""
 
 
 class Stack(NamedTuple):
-    """Equal blocks whose parameters lead with an axis over them: `path` of the tree, its `length`, and the roles in it."""
+    """Equal blocks whose parameters lead with an axis over them: `path` of the tree, its `length`, the roles in it, and the heads
+    of its attention (0: not told)."""
 
     path: str
     length: int
     roles: tuple[Role, ...] = ()
+    heads: int = 0
 
 
 class Prediction(NamedTuple):

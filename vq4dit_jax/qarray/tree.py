@@ -204,8 +204,13 @@ def densify(params: Params) -> Params:
     nodes = jax.tree.leaves(params, is_leaf=_is_node)
     if not any(map(is_parts, nodes)):
         return params
-    rounds = lambda leaf: any(is_quantized(part) and part.activation_bits for _, part in parts_of(leaf))
-    return jax.tree.map(lambda leaf: leaf if rounds(leaf) else _whole(leaf, jnp.float32), params, is_leaf=_is_node)
+    kept = lambda leaf: leaf if rounds_activations(leaf) else _whole(leaf, jnp.float32)
+    return jax.tree.map(kept, params, is_leaf=_is_node)
+
+
+def rounds_activations(leaf: Any) -> bool:
+    """Whether a leaf, or a part of it, says itself that what it reads is rounded."""
+    return any(is_quantized(part) and part.activation_bits is not None for _, part in parts_of(leaf))
 
 
 def dense_shapes(params: Params) -> dict[str, tuple[int, ...]]:

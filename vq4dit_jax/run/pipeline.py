@@ -74,6 +74,12 @@ class Pipeline:
         """What this run makes, the final model last."""
         return configs.models(self.config)
 
+    @functools.cached_property
+    def source(self) -> Any:
+        """What the final model is a quantized form of: the teacher's parameters, or others of the same function."""
+        model, teacher = self.teacher
+        return self.models[-1].source(as_network(model), teacher)
+
     @property
     def names(self) -> list[str]:
         """Of all models that are sampled and evaluated, full precision first."""
@@ -174,7 +180,7 @@ class Pipeline:
         """The first model: every matrix that the rules name, on its own."""
         with self.dir.stage("quantize") as to_do:
             if to_do:
-                self._make(self.models[0], self.teacher[1], self.key(KMEANS))
+                self._make(self.models[0], self.source, self.key(KMEANS))
 
     def calibrate(self) -> None:
         """The models after it."""
@@ -187,11 +193,11 @@ class Pipeline:
 
     def _make(self, made: Model, params: Any, key: jax.Array) -> Any:
         """Runs the passes of a model on the one before it, and keeps the result."""
-        model, teacher = self.teacher
+        model, _ = self.teacher
         target = self.dir.made(made.name)
         context = methods.begin(
             model,
-            teacher,
+            self.source,
             key,
             target.with_name(f"{made.name}_passes"),
             log_file=self.dir.log,
@@ -212,12 +218,12 @@ class Pipeline:
         with self.dir.stage("export") as to_do:
             if not to_do:
                 return
-            model, teacher = self.teacher
+            model, _ = self.teacher
             _, packed, _ = checkpoint.load_quantized(self.dir.made(self.names[-1]))
             extra = {"config": self.resolved, "vq4dit_jax": __version__}
             checkpoint.save_quantized(self.dir.quantized, model, packed, extra)
             checkpoint.save_safetensors(self.dir.safetensors, model, packed, extra)
-            files.write_json(self.dir.layers, layer_table(teacher, self.first, packed))
+            files.write_json(self.dir.layers, layer_table(self.source, self.first, packed))
 
     def sample(self) -> None:
         """The same seeds and labels for every model; for each further number of steps those of the table."""
