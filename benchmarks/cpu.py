@@ -9,6 +9,7 @@ in turn, on the same numbers and all the cores of this process, so that other wo
   packed          `quantize(params, 2)`: the blocks decode their weights in float32
   W2A8            that, by `prepare_for_inference`, with 8-bit activations
   W8A8, W4A8      the dense parameters, by `prepare_for_inference`, with 8-bit and 4-bit integers
+  ViDiT-Q ...     leaves of the configs w8a8, w4a8 and w2a8 as they are sampled, with scales and centres that are not chosen yet
   torch ...       `benchmarks.gpu.torch_dit` with the same weights: float32, bfloat16, and float32 through torch.compile
 
 8-bit forms have the fixed scales of the packed model's `activation_ranges`. Before the first turn every form is compared with
@@ -33,14 +34,22 @@ from safetensors.torch import load_file
 import vq4dit_jax as vq
 from benchmarks import record
 from benchmarks.gpu.torch_dit import DiT as TorchDiT
+from configs import cifar10_w2a8, cifar10_w4a8, cifar10_w8a8
 from vq4dit_jax import files
+from vq4dit_jax.methods import viditq
+from vq4dit_jax.networks.inference import for_sampling
+from vq4dit_jax.networks.network import as_network
+from vq4dit_jax.networks.rules import dit_rules
 from vq4dit_jax.storage import provenance
 
 CFG_SCALE = 1.5
 REFERENCE = "torch float32"
 TOLERANCES = {"dense": 1e-4, "torch compiled": 1e-4, "torch bfloat16": 0.05, "W8A8": 0.05, "W4A8": 0.3}
+TOLERANCES |= {f"ViDiT-Q {bits}": TOLERANCES[bits] for bits in ("W8A8", "W4A8")}
 """Largest relative difference from PyTorch in float32. k-means at 2 bits alone is coarser: 0.5 for packed forms."""
 _ASSET = "dit_cifar10.safetensors"
+
+VIDITQ = {"W8A8": cifar10_w8a8, "W4A8": cifar10_w4a8, "W2A8": cifar10_w2a8}
 
 Call = Callable[[], Any]
 """Computes the guided prediction and waits until it is there: (2B, 2C, H, W) or (2B, H, W, 2C)."""
@@ -67,6 +76,12 @@ def our_forms(images: int) -> dict[str, Call]:
         "W8A8": vq.prepare_for_inference(params, "int8", weights="int8", ranges=ranges),
         "W4A8": vq.prepare_for_inference(params, "int8", weights="int4", ranges=ranges),
     }
+    for bits, config in VIDITQ.items():
+        settings = dict(config.get_config().viditq)
+        rules = dit_rules(viditq.spec(settings))
+        source = viditq.source(settings, as_network(model), params)
+        leaves = vq.quantize(source, key=jax.random.key(0), rules=rules, max_iterations=10)
+        forms[f"ViDiT-Q {bits}"] = for_sampling(model, leaves, "int8", CFG_SCALE)
     arguments = [jnp.asarray(a) for a in inputs(images, model.input_size, model.in_channels, model.num_classes)]
     run = jax.jit(lambda tree, x, t, y: model.apply({"params": tree}, x, t, y, CFG_SCALE, method="forward_with_cfg"))
     call = lambda tree: lambda: jax.block_until_ready(run(tree, *arguments))
