@@ -158,7 +158,8 @@ def test_a_networks_facts_are_its_fields_and_the_names_of_its_functions():
             {
                 "path": "trunk",
                 "length": 2,
-                "roles": [{"pattern": "up/kernel", "reads": "tokens", "group": "mlp", "codebooks": 1}],
+                "roles": [{"pattern": "up/kernel", "reads": "tokens", "group": "mlp", "codebooks": 1, "values": ""}],
+                "heads": 0,
             }
         ],
         **dict.fromkeys(("predict", "hoist", "output_layer")),
