@@ -1,6 +1,7 @@
 """What every test runs under: two CPU devices, strict dtype and rank promotion, no network."""
 
 import errno
+import gc
 import importlib.metadata
 import os
 import pathlib
@@ -37,6 +38,9 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = _COMPILED.name
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 # diffusers asks the hub for nothing, not even whether a file is there.
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+# Tracing makes many objects that stay, and looking through all of them for cycles took a tenth of the time of a worker.
+gc.set_threshold(200_000, 20, 50)
 
 import hypothesis  # noqa: E402
 

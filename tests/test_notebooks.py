@@ -30,12 +30,16 @@ def _images(notebook) -> int:
 
 @pytest.fixture
 def execute(tmp_path, monkeypatch):
-    """Runs a notebook as a user would, in an empty folder, but for its sizes, the compiler's flags and this tree's library."""
+    """Runs a notebook as a user would, in an empty folder, but for its sizes, the compiler's flags and this tree's library.
+
+    Its models are not tiny: programs that LLVM has gone over once are worth their compilation, a quarter of the time is saved.
+    """
     from nbclient import NotebookClient
 
     for name in ("JAX_NUMPY_DTYPE_PROMOTION", "JAX_NUMPY_RANK_PROMOTION"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("XLA_FLAGS", environment(1)["XLA_FLAGS"])
+    flags = re.sub(r"(--xla_backend_optimization_level)=\d", r"\1=1", environment(1)["XLA_FLAGS"])
+    monkeypatch.setenv("XLA_FLAGS", flags)
     monkeypatch.setenv("VQ4DIT_NOTEBOOK_SMALL", "1")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     # Nothing is read from or left in the user's settings.
